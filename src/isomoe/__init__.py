@@ -1,0 +1,3 @@
+"""isomoe: Mixture-of-Experts serving in which the parallel layout can never change the answer."""
+
+__version__ = "0.1.0"

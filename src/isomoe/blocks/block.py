@@ -1,0 +1,46 @@
+"""What a block is: leaves, and a declaration of the placements it takes and gives."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from isomoe.blocks.batch import Batch
+from isomoe.blocks.leaf import Leaf
+from isomoe.layout import Axes, BlockSpec, Letter, Mesh, Variant, row_sharded
+
+
+class Block:
+    """A piece of a model between two touches of the residual stream.
+
+    Attributes:
+        spec: the name and the placements it declares; all that planner and stream know of it.
+    """
+
+    spec: BlockSpec
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """x: [rows, hidden] in the placement it needs -> [rows, hidden] in the one it gives."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def name(self) -> str:
+        """The block's path in the checkpoint."""
+        return self.spec.name
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Its leaves, in the order in which they were made."""
+        return (part for part in vars(self).values() if isinstance(part, Leaf))
+
+
+def rowwise_variants(mesh: Mesh, weights: Axes) -> tuple[Variant, ...]:
+    """The placements of a block that treats rows alike, with its weights sharded over `weights`.
+
+    Rows may be sharded over any leading axes on which the weights are replicated; each rank then
+    gives an addend for the rows it took. One variant for each number of row-sharded axes.
+    """
+    free = len(mesh.axes) - len(weights)
+    variants = []
+    for prefix in range(free + 1):
+        needs = row_sharded(prefix, len(mesh.axes))
+        variants.append(Variant(needs, needs.put(Letter.P, weights)))
+    return tuple(variants)

@@ -1,0 +1,48 @@
+"""Leaves: operations on weights or caches, the grain at which the proof replaces arithmetic."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlice:
+    """The part of one checkpoint tensor that a rank keeps, and where it goes.
+
+    Attributes:
+        source: the tensor's name in the checkpoint.
+        shape: its full shape.
+        index: one slice for each dim of it.
+        out: the view to fill; its shape is that of the slice.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    out: Tensor
+
+    def nothing(self) -> "WeightSlice":
+        """The same tensor of the checkpoint, of which this rank keeps nothing."""
+        empty = tuple(slice(0, 0) for _ in self.index)
+        return WeightSlice(self.source, self.shape, empty, self.out[(slice(0, 0),) * len(empty)])
+
+
+class Leaf:
+    """One operation. `forward` may be replaced on an instance (the proof does)."""
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.forward(*args)
+
+    def forward(self, *args: Any) -> Tensor:
+        """The arithmetic; each leaf documents its own arguments."""
+        raise NotImplementedError(type(self).__name__)
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes the (uninitialised) weights; construction makes none."""
+
+    def slices(self) -> Iterator[WeightSlice]:
+        """What the allocated weights are filled from."""
+        return iter(())

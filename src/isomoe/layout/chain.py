@@ -1,0 +1,103 @@
+"""A model as the planner sees it: blocks with placements, and the norms that read between them."""
+
+from dataclasses import dataclass, field
+
+from isomoe.errors import PlacementError
+from isomoe.layout.mesh import Mesh
+from isomoe.layout.moves import Move
+from isomoe.layout.placement import Letter, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run a block: the placement of the rows it takes, and of what it gives.
+
+    `needs` is None for the embedding, which takes token ids.
+    """
+
+    needs: Placement | None
+    gives: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSpec:
+    """What a block declares.
+
+    Attributes:
+        name: its path in the checkpoint, for messages and the printed plan.
+        kind: what it is; blocks of one kind and the same variants are planned alike.
+        variants: the ways to run it with its weights sharded as they are.
+        inner: moves that happen inside the block, or on its features behind it.
+    """
+
+    name: str
+    kind: str
+    variants: tuple[Variant, ...]
+    inner: tuple[Move, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSpec:
+    """A norm over the settled residual, and the blocks that its rows are delivered to.
+
+    Attributes:
+        name: the norm's path in the checkpoint.
+        consumers: blocks in the order in which they write back.
+        selects_rows: whether only the rows that get logits are still needed here.
+    """
+
+    name: str
+    consumers: tuple[BlockSpec, ...]
+    selects_rows: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """A model: an embedding, then reads in order; the last read's consumer gives logits.
+
+    Raises:
+        PlacementError: for a declaration that cannot be right on any plan.
+    """
+
+    mesh: Mesh
+    embedding: BlockSpec
+    reads: tuple[ReadSpec, ...]
+    hidden_size: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        for variant in self.embedding.variants:
+            self._check_gives(self.embedding, variant.gives, inside=False)
+        for read in self.reads:
+            for block in read.consumers:
+                for variant in block.variants:
+                    self._check_needs(block, variant.needs)
+                    self._check_gives(block, variant.gives, inside=read is self.reads[-1])
+
+    def _check_needs(self, block: BlockSpec, needs: Placement | None) -> None:
+        if needs is None:
+            raise PlacementError(f"{block.name}: takes rows, but declares no placement for them")
+        self._check_length(block, needs)
+        for letter, why in (
+            (Letter.P, "a norm and what follows it may not run on a partial sum"),
+            (Letter.C, "features are only sharded inside a block"),
+        ):
+            if needs.where(letter):
+                axis = needs.where(letter)[0]
+                raise PlacementError(f"{block.name}: needs {needs}, axis {axis} is {letter}: {why}")
+
+    def _check_gives(self, block: BlockSpec, gives: Placement, inside: bool) -> None:
+        self._check_length(block, gives)
+        if gives.where(Letter.C) and not inside:
+            axis = gives.where(Letter.C)[0]
+            raise PlacementError(
+                f"{block.name}: gives {gives}, axis {axis} is C: features may not leave a block"
+            )
+        if inside and gives.where(Letter.P):
+            raise PlacementError(f"{block.name}: gives {gives}, a partial sum nobody would settle")
+
+    def _check_length(self, block: BlockSpec, placement: Placement) -> None:
+        if len(placement) != len(self.mesh.axes):
+            raise PlacementError(
+                f"{block.name}: placement {placement} has {len(placement)} letters, "
+                f"the mesh {self.mesh.axes} has {len(self.mesh.axes)} axes"
+            )

@@ -1,0 +1,185 @@
+"""The ranks of a replica as a few atomic axes, minor axis last.
+
+Each kind of block factors the ranks in its own way (`attn_dp x attn_tp`, `moe_ep x moe_tp`, ...).
+The common refinement of these factorings is the mesh: every group is a run of neighbouring axes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from isomoe.errors import ConfigError
+from isomoe.layout.parallelism import Parallelism, divisors
+
+Axes = tuple[int, ...]
+"""Indices of neighbouring mesh axes, ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Ranks factored into axes of size > 1, so that every group is a run of axes.
+
+    A group's axes say along which axes its members differ. `attn_dp` are the axes along which
+    attention holds different requests; `attn_tp` those along which it shares one batch.
+
+    Attributes:
+        axes: the size of each axis, major first; their product is the number of ranks.
+        parallelism: the degrees that the mesh refines.
+    """
+
+    axes: tuple[int, ...]
+    parallelism: Parallelism
+
+    @classmethod
+    def of(cls, parallelism: Parallelism, kv_heads: Iterable[int] = ()) -> "Mesh":
+        """The common refinement of all factorings of `parallelism`.
+
+        Args:
+            kv_heads: the numbers of KV heads that occur in the model. Where attn_tp exceeds one,
+                attn_tp = attn_kv x attn_rep, and the copies of a head are neighbouring ranks.
+
+        Raises:
+            ConfigError: if the strides of two factorings do not divide one another.
+        """
+        p = parallelism
+        strides = {
+            "attn_tp": p.attn_tp,
+            "moe_tp": p.moe_tp,
+            "ffn_tp": p.ffn_tp,
+            "lm_tp": p.lm_tp,
+        }
+        for heads in kv_heads:
+            if p.attn_tp > heads and p.attn_tp % heads == 0:
+                strides[f"attn_rep (copies of {heads} KV heads)"] = p.attn_tp // heads
+        chain = sorted({1, p.tp_size, *strides.values()})
+        for small, large in zip(chain, chain[1:], strict=False):
+            if large % small:
+                names = {size: name for name, size in strides.items()}
+                usable = [
+                    str(ep)
+                    for ep in divisors(p.tp_size)
+                    if _divide_one_another({*strides.values(), p.tp_size // ep} - {p.moe_tp})
+                ]
+                advice = f"--ep-size {', '.join(usable)} would" if usable else "change --tp-size"
+                raise ConfigError(
+                    f"{p.flags}: {names[small]}={small} and {names[large]}={large} share no mesh, "
+                    f"since {small} does not divide {large}; {advice}"
+                )
+        sizes = [large // small for small, large in zip(chain, chain[1:], strict=False)]
+        return cls(axes=tuple(reversed(sizes)), parallelism=p)
+
+    def __post_init__(self) -> None:
+        if any(size < 2 for size in self.axes) or prod(self.axes) != self.parallelism.tp_size:
+            raise ConfigError(f"mesh axes {self.axes} do not factor {self.parallelism}")
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.parallelism.tp_size
+
+    @cached_property
+    def all(self) -> Axes:
+        """Every axis."""
+        return tuple(range(len(self.axes)))
+
+    @cached_property
+    def attn_dp(self) -> Axes:
+        """Axes along which attention holds different requests."""
+        return self._major(self.parallelism.attn_tp)
+
+    @cached_property
+    def attn_tp(self) -> Axes:
+        """Axes along which attention's heads are sharded."""
+        return self._minor(self.parallelism.attn_tp)
+
+    @cached_property
+    def moe_ep(self) -> Axes:
+        """Axes along which experts are owned."""
+        return self._major(self.parallelism.moe_tp)
+
+    @cached_property
+    def moe_tp(self) -> Axes:
+        """Axes along which each expert's width is sharded."""
+        return self._minor(self.parallelism.moe_tp)
+
+    @cached_property
+    def ffn_dp(self) -> Axes:
+        """Axes along which the dense FFN's weights are replicated."""
+        return self._major(self.parallelism.ffn_tp)
+
+    @cached_property
+    def ffn_tp(self) -> Axes:
+        """Axes along which the dense FFN's width is sharded."""
+        return self._minor(self.parallelism.ffn_tp)
+
+    @cached_property
+    def lm_dp(self) -> Axes:
+        """Axes along which the lm_head is replicated."""
+        return self._major(self.parallelism.lm_tp)
+
+    @cached_property
+    def lm_tp(self) -> Axes:
+        """Axes along which the lm_head's vocabulary is sharded."""
+        return self._minor(self.parallelism.lm_tp)
+
+    def size_of(self, axes: Axes) -> int:
+        """Ranks in a group over `axes`."""
+        return prod(self.axes[a] for a in axes)
+
+    def stride_of(self, axes: Axes) -> int:
+        """Distance in rank numbers between neighbours of a group over `axes` (1 if empty)."""
+        return prod(self.axes[axes[-1] + 1 :]) if axes else 1
+
+    def index(self, rank: int, axes: Axes) -> int:
+        """Where `rank` stands in its group over `axes`."""
+        return rank // self.stride_of(axes) % self.size_of(axes)
+
+    def group(self, rank: int, axes: Axes) -> tuple[int, ...]:
+        """The ranks of `rank`'s group over `axes`, in order."""
+        stride, size = self.stride_of(axes), self.size_of(axes)
+        first = rank - self.index(rank, axes) * stride
+        return tuple(range(first, first + size * stride, stride))
+
+    def groups(self, axes: Axes) -> list[tuple[int, ...]]:
+        """All groups over `axes`, ordered by their first rank."""
+        return sorted({self.group(rank, axes) for rank in range(self.size)})
+
+    def to_json(self) -> dict[str, list[int]]:
+        """The axes' sizes, and each group as indices of axes."""
+        names = ("attn_dp", "attn_tp", "moe_ep", "moe_tp", "ffn_dp", "ffn_tp", "lm_dp", "lm_tp")
+        return {"axes": list(self.axes), **{name: list(getattr(self, name)) for name in names}}
+
+    def _major(self, stride: int) -> Axes:
+        return tuple(a for a in self.all if prod(self.axes[a + 1 :]) >= stride)
+
+    def _minor(self, stride: int) -> Axes:
+        return tuple(a for a in self.all if prod(self.axes[a + 1 :]) < stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One rank's place in the mesh: what blocks ask which shard is theirs."""
+
+    mesh: Mesh
+    rank: int
+
+    def index(self, axes: Axes) -> int:
+        """Where this rank stands in its group over `axes`."""
+        return self.mesh.index(self.rank, axes)
+
+    def shard(self, size: int, axes: Axes, what: str) -> tuple[int, int]:
+        """This rank's [start, stop) of `size` things split evenly over `axes`.
+
+        Raises:
+            ConfigError: if they do not split evenly.
+        """
+        ways = self.mesh.size_of(axes)
+        if size % ways:
+            raise ConfigError(f"{self.mesh.parallelism.flags}: {ways} does not divide {size} {what}")
+        return self.index(axes) * (size // ways), (self.index(axes) + 1) * (size // ways)
+
+
+def _divide_one_another(strides: Iterable[int]) -> bool:
+    chain = sorted(strides)
+    return all(large % small == 0 for small, large in zip(chain, chain[1:], strict=False))

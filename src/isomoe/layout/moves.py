@@ -1,0 +1,143 @@
+"""The only moves that exist, typed: each says which letter it turns into which.
+
+There is none from R or S to P, and none that sums an axis which is not P, so a second reduction
+cannot be written down.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from itertools import count
+
+from isomoe.errors import PlacementError
+from isomoe.layout.mesh import Axes
+from isomoe.layout.placement import Letter, Placement
+
+
+class Op(StrEnum):
+    """What a move does along its axes."""
+
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_GATHER = "all_gather"
+    SLICE = "slice"
+    EXCHANGE = "exchange"
+
+
+_TURNS: dict[Op, tuple[tuple[Letter, Letter], ...]] = {
+    Op.ALL_REDUCE: ((Letter.P, Letter.R),),
+    Op.REDUCE_SCATTER: ((Letter.P, Letter.S),),
+    Op.ALL_GATHER: ((Letter.S, Letter.R), (Letter.C, Letter.R)),
+    Op.SLICE: ((Letter.R, Letter.S),),
+    Op.EXCHANGE: ((Letter.C, Letter.S),),
+}
+_BETWEEN_BLOCKS = (Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER, Op.SLICE)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One move over a run of axes.
+
+    `all_gather` joins rows (from S) or features (from C, inside a block); `exchange` is an
+    all-to-all that trades sharded features for sharded rows (inside a block).
+
+    Raises:
+        PlacementError: if the run is not one, or the move cannot turn `before` into `after`.
+    """
+
+    op: Op
+    axes: Axes
+    before: Placement
+    after: Placement
+
+    def __post_init__(self) -> None:
+        run = self.axes
+        if not run or run != tuple(range(run[0], run[-1] + 1)) or run[-1] >= len(self.before):
+            raise PlacementError(f"{self.op} over axes {run}: a move takes a run of mesh axes")
+        old, new = self.before.letters[run[0]], self.after.letters[run[0]]
+        if (old, new) not in _TURNS[self.op] or self.before.put(Letter(new), run) != self.after:
+            takes = " or ".join(f"{a} to {b}" for a, b in _TURNS[self.op])
+            raise PlacementError(
+                f"{self.op} over axes {run} turns {takes}; it cannot turn "
+                f"{self.before} into {self.after}"
+            )
+        for axis in run:
+            if self.before.letters[axis] != old:
+                raise PlacementError(
+                    f"{self.op} over axes {run}: axis {axis} of {self.before} is "
+                    f"{self.before.letters[axis]}, not {old}"
+                )
+        if Letter.S in (old, new) and run[-1] + 1 != max(
+            self.before.row_axes, self.after.row_axes
+        ):
+            raise PlacementError(f"{self.op} over axes {run} of {self.before} splits a row shard")
+
+    def __str__(self) -> str:
+        return f"{self.op}({','.join(map(str, self.axes))}) {self.before}>{self.after}"
+
+    def to_json(self) -> dict[str, object]:
+        """{"op", "axes", "from", "to"}."""
+        return {
+            "op": str(self.op),
+            "axes": list(self.axes),
+            "from": str(self.before),
+            "to": str(self.after),
+        }
+
+
+@cache
+def moves_from(placement: Placement) -> tuple[Move, ...]:
+    """Every move between blocks that may start at `placement`."""
+    return tuple(_moves_from(placement))
+
+
+def _moves_from(placement: Placement) -> Iterator[Move]:
+    axes = len(placement)
+    for first in range(axes):
+        for stop in range(first + 1, axes + 1):
+            run = tuple(range(first, stop))
+            for op in _BETWEEN_BLOCKS:
+                for old, new in _TURNS[op]:
+                    if old is not Letter.C and all(placement.letters[a] == old for a in run):
+                        try:
+                            yield Move(op, run, placement, placement.put(new, run))
+                        except PlacementError:
+                            continue
+
+
+def cheapest(
+    before: Placement,
+    after: Placement,
+    cost: Callable[[Move], float],
+    avoid: Move | None = None,
+) -> tuple[float, tuple[Move, ...]]:
+    """The cheapest chain of moves between two placements (Dijkstra over placements).
+
+    Args:
+        cost: what a move costs; must be positive, so that fewer moves win a tie.
+        avoid: a first move that the chain may not begin with (to find what the best one beat).
+
+    Raises:
+        PlacementError: if no chain exists; names the axis and the letters.
+    """
+    order = count()
+    queue: list[tuple[float, int, Placement, tuple[Move, ...]]] = [(0.0, next(order), before, ())]
+    done: set[Placement] = set()
+    while queue:
+        total, _, here, chain = heapq.heappop(queue)
+        if here == after:
+            return total, chain
+        if here in done:
+            continue
+        done.add(here)
+        for move in moves_from(here):
+            if move.after not in done and (chain or move != avoid):
+                heapq.heappush(
+                    queue, (total + cost(move), next(order), move.after, (*chain, move))
+                )
+    for axis, (old, new) in enumerate(zip(before.letters, after.letters, strict=True)):
+        if old != new and (new in "PC" or old == "C"):
+            raise PlacementError(f"no move turns axis {axis} from {old} into {new}")
+    raise PlacementError(f"no chain of moves turns {before} into {after}")

@@ -1,0 +1,149 @@
+"""Which rows of an activation each rank holds.
+
+Rows are ordered by attention-DP group, and within a group by request. A row-sharded activation
+splits each group's rows further, evenly, in rank order. Padding rows stand at the end of their
+group: they have a place but no meaning.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+from isomoe.errors import PlacementError
+from isomoe.layout.mesh import Axes, Mesh, Seat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The row map of one activation over all ranks.
+
+    Attributes:
+        mesh: the ranks.
+        leaves: rows of each rank when every axis is row-sharded, in rank order. A placement
+            whose first k axes are S joins the leaves of ranks that agree on those axes.
+    """
+
+    mesh: Mesh
+    leaves: tuple[int, ...]
+    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.leaves) != self.mesh.size or min(self.leaves) < 0:
+            raise PlacementError(f"{len(self.leaves)} row counts for {self.mesh.size} ranks")
+        object.__setattr__(self, "_starts", tuple(accumulate(self.leaves, initial=0)))
+
+    @property
+    def total(self) -> int:
+        """Rows of all ranks together, padding included."""
+        return self._starts[-1]
+
+    def span(self, rank: int, row_axes: int) -> tuple[int, int]:
+        """[start, stop) of `rank`'s rows, in the order of all rows, when `row_axes` axes are S."""
+        width = self.mesh.size_of(self.mesh.all[row_axes:])
+        first = rank // width * width
+        return self._starts[first], self._starts[first + width]
+
+    def counts(self, seat: Seat, axes: Axes) -> tuple[int, ...]:
+        """Rows of each member of `seat`'s group over `axes`, the last row-sharded axes."""
+        row_axes = axes[-1] + 1
+        spans = (self.span(rank, row_axes) for rank in self.mesh.group(seat.rank, axes))
+        return tuple(stop - start for start, stop in spans)
+
+    def cut(self, seat: Seat, axes: Axes) -> slice:
+        """This rank's part of the rows that its group over `axes` holds together."""
+        start, _ = self.span(seat.rank, axes[0])
+        mine, stop = self.span(seat.rank, axes[-1] + 1)
+        return slice(mine - start, stop - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows(Rows):
+    """Rows of hidden states: one for each token of the step, and padding.
+
+    Attributes:
+        real: for each attention-DP group, its rows that are tokens; the rest is padding.
+    """
+
+    real: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, real: Sequence[int], padded: Sequence[int] | None = None) -> "TokenRows":
+        """The row map of a step.
+
+        Args:
+            real: tokens of each attention-DP group.
+            padded: rows of each group with its padding; None pads nothing.
+        """
+        held = tuple(real if padded is None else padded)
+        groups = mesh.size_of(mesh.attn_dp)
+        if len(real) != groups or len(held) != groups or any(
+            has > holds for has, holds in zip(real, held, strict=True)
+        ):
+            raise PlacementError(f"rows {tuple(real)} in {held} do not fit {groups} DP groups")
+        leaves = tuple(n for rows in held for n in even_split(rows, mesh.size // groups))
+        return cls(mesh=mesh, leaves=leaves, real=tuple(real))
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of each attention-DP group's rows, padding included."""
+        prefix, width = len(self.mesh.attn_dp), self.mesh.parallelism.attn_tp
+        return tuple(self.span(rank, prefix) for rank in range(0, self.mesh.size, width))
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any group has padding rows."""
+        return sum(self.real) < self.total
+
+    def padding(self, rank: int, row_axes: int) -> list[slice]:
+        """The padding rows among those that `rank` holds when `row_axes` axes are S."""
+        start, stop = self.span(rank, row_axes)
+        found = []
+        for (first, last), real in zip(self.groups, self.real, strict=True):
+            low, high = max(first + real, start), min(last, stop)
+            if low < high:
+                found.append(slice(low - start, high - start))
+        return found
+
+    def select(self, chosen: Sequence[Sequence[int]]) -> "LogitsRows":
+        """The rows still needed at the end of the step.
+
+        Args:
+            chosen: for each attention-DP group, ascending positions among its rows.
+        """
+        index = tuple(
+            first + row for (first, _), rows in zip(self.groups, chosen, strict=True) for row in rows
+        )
+        depth, leaves, at = len(self.mesh.all), [], 0
+        for rank in range(self.mesh.size):
+            _, stop = self.span(rank, depth)
+            here = at
+            while at < len(index) and index[at] < stop:
+                at += 1
+            leaves.append(at - here)
+        if at < len(index):
+            raise PlacementError(f"row {index[at]} of {self.total} cannot be selected")
+        return LogitsRows(mesh=self.mesh, leaves=tuple(leaves), index=index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsRows(Rows):
+    """Rows that get logits: a selection of a step's token rows. Its counts are its own.
+
+    Attributes:
+        index: the selected rows' places among all token rows, ascending.
+    """
+
+    index: tuple[int, ...]
+
+    def local(self, source: TokenRows, rank: int, row_axes: int) -> list[int]:
+        """Places of the selected rows among those that `rank` holds when `row_axes` axes are S."""
+        offset, _ = source.span(rank, row_axes)
+        first, last = self.span(rank, row_axes)
+        return [row - offset for row in self.index[first:last]]
+
+
+def even_split(rows: int, ways: int) -> list[int]:
+    """`rows` in `ways` parts that differ by one at most, larger parts first."""
+    base, extra = divmod(rows, ways)
+    return [base + (part < extra) for part in range(ways)]

@@ -1,0 +1,25 @@
+"""Model families: one short file each, composed of blocks."""
+
+from isomoe.models.causal_lm import CausalLM, HFConfig, Layer
+from isomoe.models.registry import (
+    FAMILIES,
+    build,
+    family_of,
+    fits,
+    layouts,
+    read_config,
+    representative,
+)
+
+__all__ = [
+    "FAMILIES",
+    "CausalLM",
+    "HFConfig",
+    "Layer",
+    "build",
+    "family_of",
+    "fits",
+    "layouts",
+    "read_config",
+    "representative",
+]

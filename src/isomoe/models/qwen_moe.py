@@ -1,0 +1,85 @@
+"""What Qwen2-MoE and Qwen3-MoE share."""
+
+from typing import Any
+
+from isomoe.blocks import GatedMLP, Rope, SparseMoe
+from isomoe.errors import ConfigError
+from isomoe.models.causal_lm import CausalLM, HFConfig
+
+
+class QwenMoe(CausalLM):
+    """Grouped-query attention with full rope; softmax top-k experts; dense layers in between."""
+
+    def prepare(self) -> None:
+        self.rope = Rope(
+            head_dim(self.config),
+            rope_theta(self.config),
+            self.config["max_position_embeddings"],
+        )
+
+    @classmethod
+    def is_sparse(cls, config: HFConfig, index: int) -> bool:
+        """Whether layer `index` has experts."""
+        if num_experts(config) == 0 or index in (config.get("mlp_only_layers") or ()):
+            return False
+        return (index + 1) % config.get("decoder_sparse_step", 1) == 0
+
+    @classmethod
+    def sorts(cls, config: HFConfig) -> list[object]:
+        return [cls.is_sparse(config, index) for index in range(cls.num_layers(config))]
+
+    def attention_sizes(self) -> dict[str, Any]:
+        """The sizes of every layer's attention."""
+        return {
+            "hidden_size": self.config["hidden_size"],
+            "num_heads": self.config["num_attention_heads"],
+            "num_kv_heads": self.config["num_key_value_heads"],
+            "head_dim": head_dim(self.config),
+            "rope": self.rope,
+        }
+
+    def experts(self, at: str) -> SparseMoe:
+        """The routed experts of a layer."""
+        c = self.config
+        return SparseMoe(
+            self.seat,
+            at,
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["moe_intermediate_size"],
+            num_experts=num_experts(c),
+            top_k=c["num_experts_per_tok"],
+            renormalize=c.get("norm_topk_prob", False),
+        )
+
+    def dense(self, at: str) -> GatedMLP:
+        """A dense FFN."""
+        return GatedMLP(
+            self.seat,
+            at,
+            hidden_size=self.config["hidden_size"],
+            intermediate_size=self.config["intermediate_size"],
+            axes=self.seat.mesh.ffn_tp,
+        )
+
+
+def num_experts(config: HFConfig) -> int:
+    """Routed experts; transformers 5.2x renamed the key for Qwen3-MoE."""
+    return int(config.get("num_experts", config.get("num_local_experts", 0)))
+
+
+def head_dim(config: HFConfig) -> int:
+    """`head_dim`, or hidden size over heads where the config has none."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def rope_theta(config: HFConfig) -> float:
+    """The base of the rotary frequencies, in either spelling of the config.
+
+    Raises:
+        ConfigError: for a scaled rope, which is not built yet.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        raise ConfigError(f"config.json: rope type {kind!r} is not supported; 'default' is")
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)

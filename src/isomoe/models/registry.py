@@ -1,0 +1,142 @@
+"""From a config.json to a model class, and the layouts that fit it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from isomoe.errors import ConfigError, PlacementError
+from isomoe.layout import Mesh, Parallelism, Seat
+from isomoe.layout.parallelism import MAX_RANKS, divisors
+from isomoe.models.causal_lm import CausalLM, HFConfig
+from isomoe.models.qwen2_moe import Qwen2Moe
+from isomoe.models.qwen3_moe import Qwen3Moe
+
+FAMILIES: tuple[type[CausalLM], ...] = (Qwen2Moe, Qwen3Moe)
+
+
+def read_config(path: Path) -> HFConfig:
+    """A config.json, given itself or its folder.
+
+    Raises:
+        ConfigError: if it is missing or no JSON object.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: not a JSON object")
+    return config
+
+
+def family_of(config: HFConfig) -> type[CausalLM]:
+    """The class that runs a checkpoint.
+
+    Raises:
+        ConfigError: if its architecture is unknown; lists the known ones.
+    """
+    names = config.get("architectures") or [f"(none; model_type {config.get('model_type')!r})"]
+    for family in FAMILIES:
+        if set(family.architectures) & set(names):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise ConfigError(f"architecture {', '.join(names)} is not supported; known: {known}")
+
+
+def build(
+    config: HFConfig, parallelism: Parallelism, rank: int = 0, layers: list[int] | None = None
+) -> CausalLM:
+    """The model on one rank's seat, without weights.
+
+    Raises:
+        ConfigError: if the layout does not fit; names the nearest sizes that do.
+    """
+    family = family_of(config)
+    try:
+        mesh = _mesh(family, config, parallelism)
+        return family(config, Seat(mesh, rank), layers)
+    except KeyError as error:
+        raise ConfigError(f"config.json: {error.args[0]!r} is missing") from None
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_advice(family, config, parallelism)}") from None
+
+
+def fits(family: type[CausalLM], config: HFConfig, parallelism: Parallelism) -> bool:
+    """Whether the model can be laid out so."""
+    try:
+        family(config, Seat(_mesh(family, config, parallelism), 0), representative(family, config))
+    except (ConfigError, PlacementError):
+        return False
+    return True
+
+
+def representative(family: type[CausalLM], config: HFConfig) -> list[int]:
+    """The fewest layers that hold each sort of layer after each other sort that precedes it.
+
+    One layer of each sort in each surrounding: a plan that is the same between the same sorts of
+    layer is then proven for all of them.
+    """
+    sorts = family.sorts(config)
+    seen: set[Any] = set()
+    chosen: list[int] = []
+    for index, sort in enumerate(sorts):
+        step = (sorts[index - 1] if index else "first", sort)
+        if step not in seen:
+            seen.add(step)
+            if index and chosen[-1:] != [index - 1]:
+                chosen.append(index - 1)
+            chosen.append(index)
+    return chosen
+
+
+def layouts(
+    family: type[CausalLM], config: HFConfig, max_ranks: int, min_ranks: int = 1
+) -> Iterator[Parallelism]:
+    """Every layout of up to `max_ranks` ranks that fits the model."""
+    dense = False in family.sorts(config)
+    for tp in range(min_ranks, max_ranks + 1):
+        for dp in divisors(tp):
+            for ep in divisors(tp):
+                for dense_tp in divisors(tp)[:-1] + [None] if dense else [None]:
+                    for dp_lm_head in (False, True) if dp > 1 else (False,):
+                        layout = Parallelism(
+                            tp_size=tp,
+                            attn_dp_size=dp,
+                            ep_size=ep,
+                            moe_dense_tp_size=dense_tp,
+                            enable_dp_lm_head=dp_lm_head,
+                        )
+                        if fits(family, config, layout):
+                            yield layout
+
+
+def _mesh(family: type[CausalLM], config: Mapping[str, Any], parallelism: Parallelism) -> Mesh:
+    return family.mesh(config, parallelism)
+
+
+def _advice(family: type[CausalLM], config: HFConfig, wrong: Parallelism) -> str:
+    """The nearest sizes that would work, changing one flag of `wrong` at a time."""
+    offers = []
+    for flag, field, sizes in (
+        ("--tp-size", "tp_size", range(1, min(MAX_RANKS, 4 * wrong.tp_size) + 1)),
+        ("--attn-dp-size", "attn_dp_size", divisors(wrong.tp_size)),
+        ("--ep-size", "ep_size", divisors(wrong.tp_size)),
+    ):
+        near = []
+        asked = getattr(wrong, field)
+        for size in sorted(sizes, key=lambda size: (abs(size - asked), size)):
+            try:
+                layout = wrong.with_sizes(**{field: size})
+            except ConfigError:
+                continue
+            if size != asked and fits(family, config, layout):
+                near.append(size)
+            if len(near) == 2:
+                break
+        if near:
+            offers.append(f"{flag} {' or '.join(map(str, sorted(near)))}")
+    return f"; what would work: {', '.join(offers)}" if offers else ""

@@ -1,0 +1,129 @@
+"""What several tests need: small random models, and their forward pass on simulated ranks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isomoe.blocks import Batch
+from isomoe.comm import Communicator, SimWorld
+from isomoe.kernels import AttentionBatch
+from isomoe.layout import GLOO, Parallelism, TokenRows, make_plan
+from isomoe.models import CausalLM, build, read_config
+from isomoe.stream import ResidualStream
+from isomoe.weights import load_safetensors
+
+PAGE = 4
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A transformers config with every mechanism of the family switched on, small."""
+    from transformers import Qwen2MoeConfig, Qwen3MoeConfig
+
+    sizes: dict[str, Any] = dict(
+        vocab_size=131,
+        hidden_size=48,
+        intermediate_size=64,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+    )
+    if family == "qwen2":
+        sizes |= dict(shared_expert_intermediate_size=40, norm_topk_prob=False)
+    kind = Qwen2MoeConfig if family == "qwen2" else Qwen3MoeConfig
+    return kind(**(sizes | changes))
+
+
+def save_random(config: Any, folder: Path, seed: int = 0) -> Any:
+    """transformers' own model with random weights, norms and biases too, saved in `folder`."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    kind = Qwen2MoeForCausalLM if isinstance(config, Qwen2MoeConfig) else Qwen3MoeForCausalLM
+    model = kind._from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.normal_(0.0 if name.endswith("bias") else 1.0, 0.2)
+            else:
+                weight.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    return model
+
+
+def load_model(folder: Path, layout: Parallelism, rank: int, dtype: torch.dtype) -> CausalLM:
+    """One rank's model with its weights and a KV cache of 64 pages."""
+    model = build(read_config(folder), layout, rank)
+    for leaf in model.leaves():
+        leaf.allocate(dtype, torch.device("cpu"))
+    load_safetensors(folder, model.weight_slices(), model.ignores)
+    for core in model.attention_cores():
+        core.allocate_cache(64, PAGE, dtype, torch.device("cpu"))
+    return model
+
+
+def simulate(
+    models: Sequence[CausalLM],
+    prompts: Sequence[Sequence[Sequence[int]]],
+    padded: Sequence[int] | None = None,
+    regime: int | None = None,
+) -> list[Tensor]:
+    """Prefills prompts on simulated ranks; the logits of every token of each rank's group.
+
+    Args:
+        models: one for each rank.
+        prompts: for each attention-DP group, its requests' token ids.
+        padded: rows of each group, padding included.
+        regime: index of the plan's regime; None lets the plan choose.
+    """
+    mesh = models[0].seat.mesh
+    plan = make_plan(models[0].chain, GLOO)
+    real = [sum(map(len, group)) for group in prompts]
+    rows = TokenRows.of(mesh, real, padded)
+    held = [stop - start for start, stop in rows.groups]
+    chosen = rows.select([list(range(n)) for n in real])
+    bound = plan.regimes[plan.choose(held) if regime is None else regime]
+
+    def rank_main(comm: Communicator) -> Tensor:
+        seat = comm.seat
+        group = seat.rank // mesh.parallelism.attn_tp
+        ids = [token for prompt in prompts[group] for token in prompt]
+        places = [place for prompt in prompts[group] for place in range(len(prompt))]
+        pad = [0] * (held[group] - len(ids))
+        batch = Batch(
+            ids=torch.tensor(ids + pad, dtype=torch.int64),
+            positions=torch.tensor(places + pad, dtype=torch.int64),
+            attention=attention_batch(prompts[group]),
+            rows=rows,
+            logits_rows=chosen,
+            rank=seat.rank,
+        )
+        stream = ResidualStream(bound, comm, rows, torch.float32)
+        return models[seat.rank].forward(batch, stream)
+
+    with torch.inference_mode():
+        return SimWorld(mesh).run(rank_main)
+
+
+def attention_batch(prompts: Sequence[Sequence[int]]) -> AttentionBatch:
+    """Whole prompts, each on pages of its own."""
+    lens = tuple(map(len, prompts))
+    pages = [-(-n // PAGE) for n in lens]
+    table = torch.zeros(len(lens), max(pages, default=1), dtype=torch.int64)
+    first = 0
+    for request, count in enumerate(pages):
+        table[request, :count] = torch.arange(first, first + count)
+        first += count
+    return AttentionBatch(
+        query_lens=lens, context_lens=lens, block_tables=table, page_size=PAGE
+    )
