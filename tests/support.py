@@ -1,9 +1,12 @@
-"""What several tests need: small random models, and their forward pass on simulated ranks."""
+"""What several tests need: small random models, their forward pass on simulated ranks, and where
+rows and ranks stand, worked out from coordinates (it shares no code with `isomoe.layout`)."""
 
 from collections.abc import Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,24 +25,24 @@ def tiny_config(family: str, **changes: Any) -> Any:
     """A transformers config with every mechanism of the family switched on, small."""
     from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 
-    sizes: dict[str, Any] = dict(
-        vocab_size=131,
-        hidden_size=48,
-        intermediate_size=64,
-        moe_intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=3,
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+    }
     if family == "qwen2":
-        sizes |= dict(shared_expert_intermediate_size=40, norm_topk_prob=False)
+        sizes |= {"shared_expert_intermediate_size": 40, "norm_topk_prob": False}
     kind = Qwen2MoeConfig if family == "qwen2" else Qwen3MoeConfig
     return kind(**(sizes | changes))
 
@@ -124,6 +127,49 @@ def attention_batch(prompts: Sequence[Sequence[int]]) -> AttentionBatch:
     for request, count in enumerate(pages):
         table[request, :count] = torch.arange(first, first + count)
         first += count
-    return AttentionBatch(
-        query_lens=lens, context_lens=lens, block_tables=table, page_size=PAGE
-    )
+    return AttentionBatch(query_lens=lens, context_lens=lens, block_tables=table, page_size=PAGE)
+
+
+def coordinates(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of each rank, minor axis last."""
+    return list(product(*map(range, axes)))
+
+
+def placements(axes: int, letters: str = "SRP") -> list[str]:
+    """Every placement whose row-sharded axes come first."""
+    found = ["".join(p) for p in product(letters, repeat=axes)]
+    return [p for p in found if all(b != "S" or a == "S" for a, b in pairwise(p))]
+
+
+def runs(axes: int) -> list[tuple[int, ...]]:
+    """Every run of neighbouring axes."""
+    return [tuple(range(i, j)) for i in range(axes) for j in range(i + 1, axes + 1)]
+
+
+def leaves_of(axes: Sequence[int], attn_dp: int, held: Sequence[int]) -> list[int]:
+    """For each row, the rank that holds it when every axis is row-sharded."""
+    width = len(coordinates(axes)) // attn_dp
+    owner: list[int] = []
+    for group, rows in enumerate(held):
+        for part, chunk in enumerate(np.array_split(np.arange(rows), width)):
+            owner += [group * width + part] * len(chunk)
+    return owner
+
+
+def held_rows(axes: Sequence[int], owner: Sequence[int], rank: int, row_axes: int) -> list[int]:
+    """The rows that `rank` holds when the first `row_axes` axes are row-sharded."""
+    where = coordinates(axes)
+    mine = where[rank][:row_axes]
+    return [row for row, leaf in enumerate(owner) if where[leaf][:row_axes] == mine]
+
+
+def group_of(axes: Sequence[int], rank: int, along: Sequence[int]) -> list[int]:
+    """The ranks that differ from `rank` along `along` only."""
+    where = coordinates(axes)
+    return [
+        other
+        for other, place in enumerate(where)
+        if all(
+            a == b or i in along for i, (a, b) in enumerate(zip(place, where[rank], strict=True))
+        )
+    ]

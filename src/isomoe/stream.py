@@ -28,6 +28,7 @@ class ResidualStream:
     Attributes:
         plan, comm: as given.
         tokens: the step's rows, as given.
+        rows: those that are left: the tokens' rows, or the selected ones.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class ResidualStream:
     ) -> None:
         self.plan = plan
         self.comm = comm
-        self._rows: Rows = rows
+        self.rows: Rows = rows
         self.tokens = rows
         self._dtype = dtype
         self._residual: Tensor | None = None
@@ -115,12 +116,12 @@ class ResidualStream:
         self._written = {
             block: kept(x, self.plan.gives[block]) for block, x in self._written.items()
         }
-        self._rows = rows
+        self.rows = rows
 
     def _sum(self, addends: list[Tensor]) -> Tensor:
         total = addends[0].to(self._dtype)
         for addend in addends[1:]:
-            total = total + addend
+            total = total + addend.to(self._dtype)
         return total
 
     def _run(self, x: Tensor, moves: tuple[Move, ...]) -> Tensor:
@@ -130,7 +131,7 @@ class ResidualStream:
 
     def move(self, x: Tensor, move: Move) -> Tensor:
         """Carries out one move on the stream's current rows. x: [rows, features]."""
-        comm, rows, axes = self.comm, self._rows, move.axes
+        comm, rows, axes = self.comm, self.rows, move.axes
         match move.op:
             case Op.ALL_REDUCE:
                 return comm.all_reduce(x, axes)
@@ -151,7 +152,7 @@ class ResidualStream:
                 return _beside(parts, len(counts))
 
     def _check_rows(self, block: str, x: Tensor, placement: Placement) -> None:
-        start, stop = self._rows.span(self.comm.seat.rank, placement.row_axes)
+        start, stop = self.rows.span(self.comm.seat.rank, placement.row_axes)
         if x.shape[0] != stop - start:
             raise PlacementError(
                 f"{block}: gives {placement}, {stop - start} rows on rank {self.comm.seat.rank}, "

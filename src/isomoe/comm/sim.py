@@ -171,7 +171,7 @@ def _compute(calls: list[_Call]) -> list[Tensor]:
             parts = [split_rows(call.x, call.send) for call in calls]
             return [torch.cat([part[j] for part in parts]) for j in range(members)]
         case "broadcast":
-            return [first.x] * members
+            return [first.x.clone()] * members
     raise AssertionError(first.op)
 
 

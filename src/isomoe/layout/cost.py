@@ -90,7 +90,7 @@ class CostModel:
         that to all-reduce.
         """
         n = self.mesh.size_of(move.axes)
-        share = 1 / self.mesh.size_of(self.mesh.all[: _gathered(move).row_axes])
+        share = self.mesh.width_behind(_gathered(move).row_axes) / self.mesh.size
         row_bytes = self.row_values * self.machine.wire_bytes * share * (n - 1) / n
         if move.op is Op.SLICE:
             return 0.0

@@ -56,10 +56,11 @@ class Mesh:
         for small, large in zip(chain, chain[1:], strict=False):
             if large % small:
                 names = {size: name for name, size in strides.items()}
+                others = {size for name, size in strides.items() if name != "moe_tp"}
                 usable = [
                     str(ep)
                     for ep in divisors(p.tp_size)
-                    if _divide_one_another({*strides.values(), p.tp_size // ep} - {p.moe_tp})
+                    if _divide_one_another({*others, p.tp_size // ep})
                 ]
                 advice = f"--ep-size {', '.join(usable)} would" if usable else "change --tp-size"
                 raise ConfigError(
@@ -72,6 +73,11 @@ class Mesh:
     def __post_init__(self) -> None:
         if any(size < 2 for size in self.axes) or prod(self.axes) != self.parallelism.tp_size:
             raise ConfigError(f"mesh axes {self.axes} do not factor {self.parallelism}")
+
+    @cached_property
+    def _strides(self) -> tuple[int, ...]:
+        """For each axis, the ranks from it on; 1 behind the last."""
+        return tuple(prod(self.axes[a:]) for a in range(len(self.axes) + 1))
 
     @property
     def size(self) -> int:
@@ -125,11 +131,15 @@ class Mesh:
 
     def size_of(self, axes: Axes) -> int:
         """Ranks in a group over `axes`."""
-        return prod(self.axes[a] for a in axes)
+        return self._strides[axes[0]] // self._strides[axes[-1] + 1] if axes else 1
 
     def stride_of(self, axes: Axes) -> int:
         """Distance in rank numbers between neighbours of a group over `axes` (1 if empty)."""
-        return prod(self.axes[axes[-1] + 1 :]) if axes else 1
+        return self._strides[axes[-1] + 1] if axes else 1
+
+    def width_behind(self, prefix: int) -> int:
+        """Ranks that agree on the first `prefix` axes: they are neighbours."""
+        return self._strides[prefix]
 
     def index(self, rank: int, axes: Axes) -> int:
         """Where `rank` stands in its group over `axes`."""
@@ -138,7 +148,7 @@ class Mesh:
     def group(self, rank: int, axes: Axes) -> tuple[int, ...]:
         """The ranks of `rank`'s group over `axes`, in order."""
         stride, size = self.stride_of(axes), self.size_of(axes)
-        first = rank - self.index(rank, axes) * stride
+        first = rank - rank // stride % size * stride
         return tuple(range(first, first + size * stride, stride))
 
     def groups(self, axes: Axes) -> list[tuple[int, ...]]:

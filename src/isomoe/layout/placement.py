@@ -1,6 +1,6 @@
 """How an activation lies on the mesh: one letter an axis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from isomoe.errors import PlacementError
@@ -29,6 +29,8 @@ class Placement:
     """
 
     letters: str
+    row_axes: int = field(init=False, repr=False, compare=False)
+    """How many leading axes are row-sharded."""
 
     def __post_init__(self) -> None:
         if set(self.letters) - set(Letter):
@@ -39,17 +41,17 @@ class Placement:
                 f"placement {self.letters!r}: axis {axis} is S behind an axis that is not; "
                 "row-sharded axes come first"
             )
+        prefix = len(self.letters) - len(self.letters.lstrip("S"))
+        object.__setattr__(self, "row_axes", prefix)
+
+    def __hash__(self) -> int:
+        return hash(self.letters)
 
     def __str__(self) -> str:
         return self.letters
 
     def __len__(self) -> int:
         return len(self.letters)
-
-    @property
-    def row_axes(self) -> int:
-        """How many leading axes are row-sharded."""
-        return len(self.letters) - len(self.letters.lstrip("S"))
 
     def where(self, letter: Letter) -> Axes:
         """The axes that hold `letter`."""

@@ -6,15 +6,17 @@ on whether every attention-DP group has the same number: one regime each.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
+from math import prod
 
 from isomoe.errors import PlacementError
 from isomoe.layout.chain import BlockSpec, Chain, ReadSpec, Variant
 from isomoe.layout.cost import CostModel, Machine
 from isomoe.layout.mesh import Mesh
 from isomoe.layout.moves import Move, cheapest
+from isomoe.layout.parallelism import Parallelism
 from isomoe.layout.placement import Letter, Placement, row_sharded
 
 BUCKETS = (8, 64, 512, 4096, 32768)
@@ -111,7 +113,11 @@ class ReadPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RegimePlan:
-    """The bound plan of one regime: what the residual stream executes."""
+    """The bound plan of one regime: what the residual stream executes.
+
+    Attributes:
+        kinds: the kind of each block, by name.
+    """
 
     regime: Regime
     mesh: Mesh
@@ -119,6 +125,7 @@ class RegimePlan:
     embedding_gives: Placement
     reads: tuple[ReadPlan, ...]
     inner: tuple[tuple[str, tuple[Move, ...]], ...]
+    kinds: dict[str, str]
     predicted_us: float
 
     @cached_property
@@ -245,18 +252,57 @@ _State = tuple[Placement | None, tuple[Variant, ...]]
 """After a read: the residual's placement (None before the first) and each consumer's variant."""
 
 
-@dataclass
-class _Planner:
-    chain: Chain
-    machine: Machine
-    regime: Regime
-    _routes: dict[tuple[Placement, Placement], Route] = field(default_factory=dict)
+class _Routes:
+    """The cheapest routes between placements in one regime; the same for all models of a width."""
 
-    def __post_init__(self) -> None:
-        mesh = self.chain.mesh
-        self.cost = CostModel(
-            machine=self.machine, mesh=mesh, row_values=self.chain.hidden_size
-        )
+    def __init__(self, cost: CostModel, regime: Regime) -> None:
+        self._cost = cost
+        self._regime = regime
+        self._routes: dict[tuple[Placement, Placement], Route] = {}
+        self._prices: dict[Move, float] = {}
+
+    def between(self, before: Placement, after: Placement) -> Route:
+        """The cheapest route, and the one that it beat.
+
+        Raises:
+            PlacementError: if there is none.
+        """
+        key = (before, after)
+        if key not in self._routes:
+            us, moves = cheapest(before, after, self._price)
+            beats = None
+            if moves:
+                try:
+                    other_us, other = cheapest(before, after, self._price, avoid=moves[0])
+                    beats = self._route(other, other_us, None)
+                except PlacementError:
+                    beats = None
+            self._routes[key] = self._route(moves, us, beats)
+        return self._routes[key]
+
+    def _route(self, moves: tuple[Move, ...], us: float, beats: Route | None) -> Route:
+        sent = sum(self._cost.sent_bytes_per_row(move) for move in moves)
+        return Route(moves=moves, sent_bytes_per_row=sent, predicted_us=us, beats=beats)
+
+    def _price(self, move: Move) -> float:
+        if move not in self._prices:
+            regime = self._regime
+            self._prices[move] = self._cost.microseconds(move, regime.rows, regime.equal)
+        return self._prices[move]
+
+
+@lru_cache(maxsize=1024)
+def _routes(machine: Machine, axes: tuple[int, ...], row_values: int, regime: Regime) -> _Routes:
+    ranks = Mesh(axes=axes, parallelism=Parallelism(tp_size=prod(axes)))
+    return _Routes(CostModel(machine=machine, mesh=ranks, row_values=row_values), regime)
+
+
+class _Planner:
+    def __init__(self, chain: Chain, machine: Machine, regime: Regime) -> None:
+        self.chain = chain
+        self.regime = regime
+        mesh = chain.mesh
+        self._route = _routes(machine, mesh.axes, chain.hidden_size, regime).between
         axes = len(mesh.axes)
         self.residuals = [row_sharded(k, axes) for k in range(len(mesh.attn_dp), axes + 1)]
 
@@ -293,27 +339,6 @@ class _Planner:
             total += self._route(carried, residual).predicted_us
         needs = {variant.needs for variant in variants if variant.needs is not None}
         return total + sum(self._route(residual, need).predicted_us for need in needs)
-
-    def _route(self, before: Placement, after: Placement) -> Route:
-        key = (before, after)
-        if key not in self._routes:
-            us, moves = cheapest(before, after, self._move_us)
-            beats = None
-            if moves:
-                try:
-                    other_us, other = cheapest(before, after, self._move_us, avoid=moves[0])
-                    beats = self._priced(other, other_us, None)
-                except PlacementError:
-                    beats = None
-            self._routes[key] = self._priced(moves, us, beats)
-        return self._routes[key]
-
-    def _priced(self, moves: tuple[Move, ...], us: float, beats: Route | None) -> Route:
-        sent = sum(self.cost.sent_bytes_per_row(move) for move in moves)
-        return Route(moves=moves, sent_bytes_per_row=sent, predicted_us=us, beats=beats)
-
-    def _move_us(self, move: Move) -> float:
-        return self.cost.microseconds(move, self.regime.rows, self.regime.equal)
 
     def _bind(self, path: list[_State], total: float) -> RegimePlan:
         (_, (embedding,)), states = path[0], path[1:]
@@ -365,6 +390,10 @@ class _Planner:
             embedding_gives=embedding.gives,
             reads=tuple(reads),
             inner=tuple(inner),
+            kinds={
+                self.chain.embedding.name: self.chain.embedding.kind,
+                **{b.name: b.kind for read in self.chain.reads for b in read.consumers},
+            },
             predicted_us=total,
         )
 

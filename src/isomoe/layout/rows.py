@@ -40,15 +40,16 @@ class Rows:
 
     def span(self, rank: int, row_axes: int) -> tuple[int, int]:
         """[start, stop) of `rank`'s rows, in the order of all rows, when `row_axes` axes are S."""
-        width = self.mesh.size_of(self.mesh.all[row_axes:])
+        width = self.mesh.width_behind(row_axes)
         first = rank // width * width
         return self._starts[first], self._starts[first + width]
 
     def counts(self, seat: Seat, axes: Axes) -> tuple[int, ...]:
         """Rows of each member of `seat`'s group over `axes`, the last row-sharded axes."""
-        row_axes = axes[-1] + 1
-        spans = (self.span(rank, row_axes) for rank in self.mesh.group(seat.rank, axes))
-        return tuple(stop - start for start, stop in spans)
+        group = self.mesh.group(seat.rank, axes)
+        width, starts = self.mesh.width_behind(axes[-1] + 1), self._starts
+        firsts = (rank // width * width for rank in group)
+        return tuple(starts[first + width] - starts[first] for first in firsts)
 
     def cut(self, seat: Seat, axes: Axes) -> slice:
         """This rank's part of the rows that its group over `axes` holds together."""
@@ -78,7 +79,7 @@ class TokenRows(Rows):
         held = tuple(real if padded is None else padded)
         groups = mesh.size_of(mesh.attn_dp)
         if len(real) != groups or len(held) != groups or any(
-            has > holds for has, holds in zip(real, held, strict=True)
+            not 0 <= has <= holds for has, holds in zip(real, held, strict=True)
         ):
             raise PlacementError(f"rows {tuple(real)} in {held} do not fit {groups} DP groups")
         leaves = tuple(n for rows in held for n in even_split(rows, mesh.size // groups))
@@ -110,10 +111,21 @@ class TokenRows(Rows):
 
         Args:
             chosen: for each attention-DP group, ascending positions among its rows.
+
+        Raises:
+            PlacementError: for a position that is not the group's own, or out of order.
         """
-        index = tuple(
-            first + row for (first, _), rows in zip(self.groups, chosen, strict=True) for row in rows
-        )
+        index: list[int] = []
+        for group, ((first, last), rows) in enumerate(zip(self.groups, chosen, strict=True)):
+            before = first - 1
+            for row in rows:
+                if not before < first + row < last:
+                    raise PlacementError(
+                        f"row {row} of group {group} cannot be selected: it has {last - first} "
+                        f"rows, and positions ascend, not {list(rows)}"
+                    )
+                before = first + row
+                index.append(before)
         depth, leaves, at = len(self.mesh.all), [], 0
         for rank in range(self.mesh.size):
             _, stop = self.span(rank, depth)
@@ -121,9 +133,7 @@ class TokenRows(Rows):
             while at < len(index) and index[at] < stop:
                 at += 1
             leaves.append(at - here)
-        if at < len(index):
-            raise PlacementError(f"row {index[at]} of {self.total} cannot be selected")
-        return LogitsRows(mesh=self.mesh, leaves=tuple(leaves), index=index)
+        return LogitsRows(mesh=self.mesh, leaves=tuple(leaves), index=tuple(index))
 
 
 @dataclass(frozen=True, kw_only=True)
