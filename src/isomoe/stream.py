@@ -53,7 +53,9 @@ class ResidualStream:
         """
         gives = self.plan.gives.get(block)
         if gives is None or block in self._written:
-            raise PlacementError(f"{block}: {'unknown to the plan' if not gives else 'wrote twice'}")
+            raise PlacementError(
+                f"{block}: {'unknown to the plan' if gives is None else 'wrote twice'}"
+            )
         self._check_rows(block, x, gives)
         self._written[block] = x
 

@@ -12,7 +12,14 @@ from isomoe.blocks.leaf import Leaf, WeightSlice
 from isomoe.blocks.linear import Linear, Part, RowLinear
 from isomoe.blocks.norm import RMSNorm
 from isomoe.errors import ConfigError
-from isomoe.kernels import allocate_kv_cache, apply_rope, paged_attention, rope_table, write_kv
+from isomoe.kernels import (
+    allocate_kv_cache,
+    paged_attention,
+    rms_norm,
+    rope_table,
+    rotate,
+    write_kv,
+)
 from isomoe.layout import BlockSpec, Letter, Mesh, Seat, Variant, row_sharded
 
 
@@ -64,6 +71,7 @@ class AttentionCore(Leaf):
             q_name, k_name, eps = qk_norm
             self.q_norm = RMSNorm(q_name, head_dim, eps)
             self.k_norm = RMSNorm(k_name, head_dim, eps)
+        self._qk_weight: Tensor | None = None  # one norm call for the heads of q and k
         self.k_cache: Tensor
         self.v_cache: Tensor
 
@@ -93,10 +101,14 @@ class AttentionCore(Leaf):
         """qkv: [T, (N + 2K) D], batch -> [T, N D]."""
         qkv, batch = args
         rows, n, k, d = qkv.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
-        q, key, value = qkv.view(rows, n + 2 * k, d).split([n, k, k], dim=1)
+        heads = qkv.view(rows, n + 2 * k, d)
+        qk, value = heads[:, : n + k], heads[:, n + k :]
         if self.q_norm is not None and self.k_norm is not None:
-            q, key = self.q_norm(q), self.k_norm(key)
-        q, key = apply_rope(q, key, *self.rope.at(batch))
+            if self._qk_weight is None:
+                parts = (self.q_norm.weight.expand(n, d), self.k_norm.weight.expand(k, d))
+                self._qk_weight = torch.cat(parts)
+            qk = rms_norm(qk, self._qk_weight, self.q_norm.eps)
+        q, key = torch.split(rotate(qk, *self.rope.at(batch)), [n, k], dim=1)
         write_kv(key, value, self.k_cache, self.v_cache, batch.attention)
         out = paged_attention(q, self.k_cache, self.v_cache, batch.attention, d**-0.5)
         return out.view(rows, n * d)

@@ -38,7 +38,7 @@ def rowwise_variants(mesh: Mesh, weights: Axes) -> tuple[Variant, ...]:
     Rows may be sharded over any leading axes on which the weights are replicated; each rank then
     gives an addend for the rows it took. One variant for each number of row-sharded axes.
     """
-    free = len(mesh.axes) - len(weights)
+    free = min(weights, default=len(mesh.axes))
     variants = []
     for prefix in range(free + 1):
         needs = row_sharded(prefix, len(mesh.axes))

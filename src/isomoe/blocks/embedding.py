@@ -122,4 +122,3 @@ def _to_own_rows(mesh: Mesh) -> tuple[Move, ...]:
             moves.append(Move(op, axes, here, there))
             here = there
     return tuple(moves)
-

@@ -10,7 +10,14 @@ from isomoe.blocks.batch import Batch
 from isomoe.blocks.block import Block, rowwise_variants
 from isomoe.blocks.leaf import Leaf, WeightSlice
 from isomoe.blocks.linear import Router
-from isomoe.kernels import fused_experts, topk_softmax
+from isomoe.kernels import (
+    PackedExperts,
+    fused_experts,
+    pack_experts,
+    packed_experts,
+    packs,
+    topk_softmax,
+)
 from isomoe.layout import BlockSpec, Seat
 
 
@@ -39,6 +46,12 @@ class ExpertWeights(Leaf):
         self.width = width
         self.gate_up: Tensor
         self.down: Tensor
+        self.packed: PackedExperts | None = None
+
+    def pack(self) -> None:
+        if packs(self.gate_up):
+            self.packed = pack_experts(self.gate_up, self.down)
+            del self.gate_up, self.down
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         experts, width = self.owned[1] - self.owned[0], self.width[1] - self.width[0]
@@ -65,6 +78,8 @@ class ExpertWeights(Leaf):
     def forward(self, *args: Any) -> Tensor:
         """x: [T, hidden], local ids: [T, K] (-1: not here), weights: [T, K] -> fp32 [T, hidden]."""
         x, local_ids, topk_weights = args
+        if self.packed is not None:
+            return packed_experts(x, self.packed, local_ids, topk_weights)
         return fused_experts(x, self.gate_up, self.down, local_ids, topk_weights)
 
 

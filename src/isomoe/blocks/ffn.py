@@ -31,7 +31,11 @@ class SigmoidGate(Linear):
     def forward(self, *args: Any) -> Tensor:
         """x: [T, hidden], out: [T, hidden] -> [T, hidden]."""
         x, out = args
-        return out * torch.sigmoid(super().forward(x))
+        gated: Tensor = out * torch.sigmoid(super().forward(x))
+        return gated
+
+    def pack(self) -> None:
+        """Stays as it is: one row."""
 
 
 class GatedMLP(Block):

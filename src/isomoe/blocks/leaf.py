@@ -46,3 +46,6 @@ class Leaf:
     def slices(self) -> Iterator[WeightSlice]:
         """What the allocated weights are filled from."""
         return iter(())
+
+    def pack(self) -> None:
+        """Lays the filled weights out for the device, where that is faster; they then go."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from isomoe.blocks.leaf import Leaf, WeightSlice
+from isomoe.kernels import linear, pack_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,11 @@ class Linear(Leaf):
     def forward(self, *args: Any) -> Tensor:
         """x: [T, I] -> [T, O]."""
         (x,) = args
-        return F.linear(x, self.weight, self.bias)
+        out = linear(x, self.weight)
+        return out if self.bias is None else out + self.bias
+
+    def pack(self) -> None:
+        self.weight = pack_linear(self.weight)
 
 
 class RowLinear(Linear):
@@ -110,3 +114,6 @@ class Router(Linear):
 
     def __init__(self, source: str, num_experts: int, hidden_size: int) -> None:
         super().__init__([Part(source, num_experts, 0, num_experts)], hidden_size)
+
+    def pack(self) -> None:
+        """Stays as it is: a map this small is faster so."""

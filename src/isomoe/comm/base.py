@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from isomoe.layout.mesh import Axes, Seat
@@ -45,4 +46,4 @@ class Communicator(ABC):
 
 def split_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """`x` cut along dim 0 into `counts` rows each."""
-    return list(x.split(list(counts)))
+    return list(torch.split(x, list(counts)))

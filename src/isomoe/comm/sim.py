@@ -61,9 +61,7 @@ class SimWorld:
         def body(rank: int) -> None:
             results[rank] = rank_main(SimComm(self, Seat(self.mesh, rank), hub))
 
-        ranks = [
-            greenlet(lambda _, rank=rank: body(rank), hub) for rank in range(self.mesh.size)
-        ]
+        ranks = [greenlet(lambda _, rank=rank: body(rank), hub) for rank in range(self.mesh.size)]
         self._waiting.clear()
         self._ready = [(rank, None) for rank in reversed(range(self.mesh.size))]
         try:

@@ -83,7 +83,9 @@ class GlooComm(TorchComm):
 
     def all_gather(self, x: Tensor, axes: Axes, counts: Sequence[int]) -> Tensor:
         members = len(counts)
-        copies = x.unsqueeze(0).expand(members, *x.shape).reshape(members * x.shape[0], *x.shape[1:])
+        copies = (
+            x.unsqueeze(0).expand(members, *x.shape).reshape(members * x.shape[0], *x.shape[1:])
+        )
         return self.all_to_all(copies, axes, [x.shape[0]] * members, counts)
 
     def reduce_scatter(self, x: Tensor, axes: Axes, counts: Sequence[int]) -> Tensor:

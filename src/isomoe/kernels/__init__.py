@@ -8,7 +8,7 @@ from isomoe.kernels.attention import (
 )
 from isomoe.kernels.experts import PackedExperts, fused_experts, pack_experts, packed_experts
 from isomoe.kernels.ffn import silu_and_mul
-from isomoe.kernels.linear import linear, pack_linear
+from isomoe.kernels.linear import linear, pack_linear, packs
 from isomoe.kernels.norm import rms_norm
 from isomoe.kernels.rope import apply_rope, rope_table, rotate
 from isomoe.kernels.routing import topk_softmax
@@ -26,6 +26,7 @@ __all__ = [
     "pack_experts",
     "pack_linear",
     "packed_experts",
+    "packs",
     "paged_attention",
     "rms_norm",
     "rope_table",

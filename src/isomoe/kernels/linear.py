@@ -15,9 +15,7 @@ def pack_linear(weight: Tensor) -> Tensor:
     rearranges the weight at each call. The result has a shape and a dtype but no strides, cannot
     be sliced, and takes as much memory as the weight, which the caller may then drop.
     """
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return weight
-    if not (torch._C._has_mkldnn and _has_bf16()):
+    if not packs(weight):
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     return packed
@@ -34,5 +32,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _has_bf16() -> bool:
+def packs(weight: Tensor) -> bool:
+    """Whether `pack_linear` lays this weight out anew."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

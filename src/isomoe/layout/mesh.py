@@ -4,6 +4,7 @@ Each kind of block factors the ranks in its own way (`attn_dp x attn_tp`, `moe_e
 The common refinement of these factorings is the mesh: every group is a run of neighbouring axes.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +54,7 @@ class Mesh:
             if p.attn_tp > heads and p.attn_tp % heads == 0:
                 strides[f"attn_rep (copies of {heads} KV heads)"] = p.attn_tp // heads
         chain = sorted({1, p.tp_size, *strides.values()})
-        for small, large in zip(chain, chain[1:], strict=False):
+        for small, large in itertools.pairwise(chain):
             if large % small:
                 names = {size: name for name, size in strides.items()}
                 others = {size for name, size in strides.items() if name != "moe_tp"}
@@ -67,7 +68,7 @@ class Mesh:
                     f"{p.flags}: {names[small]}={small} and {names[large]}={large} share no mesh, "
                     f"since {small} does not divide {large}; {advice}"
                 )
-        sizes = [large // small for small, large in zip(chain, chain[1:], strict=False)]
+        sizes = [large // small for small, large in itertools.pairwise(chain)]
         return cls(axes=tuple(reversed(sizes)), parallelism=p)
 
     def __post_init__(self) -> None:
@@ -186,10 +187,12 @@ class Seat:
         """
         ways = self.mesh.size_of(axes)
         if size % ways:
-            raise ConfigError(f"{self.mesh.parallelism.flags}: {ways} does not divide {size} {what}")
+            raise ConfigError(
+                f"{self.mesh.parallelism.flags}: {ways} does not divide {size} {what}"
+            )
         return self.index(axes) * (size // ways), (self.index(axes) + 1) * (size // ways)
 
 
 def _divide_one_another(strides: Iterable[int]) -> bool:
     chain = sorted(strides)
-    return all(large % small == 0 for small, large in zip(chain, chain[1:], strict=False))
+    return all(large % small == 0 for small, large in itertools.pairwise(chain))

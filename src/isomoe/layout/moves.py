@@ -69,9 +69,7 @@ class Move:
                     f"{self.op} over axes {run}: axis {axis} of {self.before} is "
                     f"{self.before.letters[axis]}, not {old}"
                 )
-        if Letter.S in (old, new) and run[-1] + 1 != max(
-            self.before.row_axes, self.after.row_axes
-        ):
+        if Letter.S in (old, new) and run[-1] + 1 != max(self.before.row_axes, self.after.row_axes):
             raise PlacementError(f"{self.op} over axes {run} of {self.before} splits a row shard")
 
     def __str__(self) -> str:
@@ -134,9 +132,7 @@ def cheapest(
         done.add(here)
         for move in moves_from(here):
             if move.after not in done and (chain or move != avoid):
-                heapq.heappush(
-                    queue, (total + cost(move), next(order), move.after, (*chain, move))
-                )
+                heapq.heappush(queue, (total + cost(move), next(order), move.after, (*chain, move)))
     for axis, (old, new) in enumerate(zip(before.letters, after.letters, strict=True)):
         if old != new and (new in "PC" or old == "C"):
             raise PlacementError(f"no move turns axis {axis} from {old} into {new}")

@@ -103,6 +103,8 @@ class Parallelism:
         values: dict[str, int | bool] = {}
         for part in shorthand.split(","):
             match = _SHORTHAND.match(part.strip())
+            name: str
+            value: int | bool
             if part.strip() == "dplm":
                 name, value = "enable_dp_lm_head", True
             elif match:

@@ -152,16 +152,20 @@ class RegimePlan:
     @cached_property
     def signature(self) -> tuple[object, ...]:
         """Equal for plans that do the same moves between the same kinds of read."""
-        return tuple(
-            (
-                read.residual,
-                read.selects_rows,
-                read.carry and read.carry.route.moves,
-                tuple((s.gives, len(s.producers), s.route.moves) for s in read.settles),
-                tuple((d.needs, d.gives, d.route.moves) for d in read.deliveries),
-            )
-            for read in self.reads
-        ) + (self.embedding_gives, tuple(moves for _, moves in self.inner))
+        return (
+            *tuple(
+                (
+                    read.residual,
+                    read.selects_rows,
+                    read.carry and read.carry.route.moves,
+                    tuple((s.gives, len(s.producers), s.route.moves) for s in read.settles),
+                    tuple((d.needs, d.gives, d.route.moves) for d in read.deliveries),
+                )
+                for read in self.reads
+            ),
+            self.embedding_gives,
+            tuple(moves for _, moves in self.inner),
+        )
 
     def to_json(self) -> dict[str, object]:
         """The regime as `isomoe plan --json` prints it."""
@@ -406,6 +410,4 @@ class _Planner:
             raise PlacementError(f"{', '.join(producers)}: gives {gives}: {error}") from None
         if residual.where(Letter.P):
             raise PlacementError(f"{read}: a norm may not run on {residual}, a partial sum")
-        return Settle(
-            before=read, producers=producers, gives=gives, residual=residual, route=route
-        )
+        return Settle(before=read, producers=producers, gives=gives, residual=residual, route=route)

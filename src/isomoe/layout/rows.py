@@ -69,7 +69,9 @@ class TokenRows(Rows):
     real: tuple[int, ...]
 
     @classmethod
-    def of(cls, mesh: Mesh, real: Sequence[int], padded: Sequence[int] | None = None) -> "TokenRows":
+    def of(
+        cls, mesh: Mesh, real: Sequence[int], padded: Sequence[int] | None = None
+    ) -> "TokenRows":
         """The row map of a step.
 
         Args:
@@ -78,8 +80,10 @@ class TokenRows(Rows):
         """
         held = tuple(real if padded is None else padded)
         groups = mesh.size_of(mesh.attn_dp)
-        if len(real) != groups or len(held) != groups or any(
-            not 0 <= has <= holds for has, holds in zip(real, held, strict=True)
+        if (
+            len(real) != groups
+            or len(held) != groups
+            or any(not 0 <= has <= holds for has, holds in zip(real, held, strict=True))
         ):
             raise PlacementError(f"rows {tuple(real)} in {held} do not fit {groups} DP groups")
         leaves = tuple(n for rows in held for n in even_split(rows, mesh.size // groups))

@@ -158,4 +158,3 @@ class CausalLM(ABC):
             specs = tuple(part.spec for part in layer.ffn)
             yield ReadSpec(name=layer.ffn_norm.name, consumers=specs)
         yield ReadSpec(name=self.norm.name, consumers=(self.lm_head.spec,), selects_rows=True)
-

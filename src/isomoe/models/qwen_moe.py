@@ -22,7 +22,7 @@ class QwenMoe(CausalLM):
         """Whether layer `index` has experts."""
         if num_experts(config) == 0 or index in (config.get("mlp_only_layers") or ()):
             return False
-        return (index + 1) % config.get("decoder_sparse_step", 1) == 0
+        return (index + 1) % int(config.get("decoder_sparse_step", 1)) == 0
 
     @classmethod
     def sorts(cls, config: HFConfig) -> list[object]:

@@ -101,7 +101,7 @@ def layouts(
     for tp in range(min_ranks, max_ranks + 1):
         for dp in divisors(tp):
             for ep in divisors(tp):
-                for dense_tp in divisors(tp)[:-1] + [None] if dense else [None]:
+                for dense_tp in [*divisors(tp)[:-1], None] if dense else [None]:
                     for dp_lm_head in (False, True) if dp > 1 else (False,):
                         layout = Parallelism(
                             tp_size=tp,

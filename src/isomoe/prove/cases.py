@@ -38,7 +38,9 @@ def cases(groups: int, equal: bool) -> Iterator[Case]:
         yield _decode("ragged decode, empty groups", tuple((3 * g + 2) % 4 for g in range(groups)))
         yield _prefill("one group alone", tuple(6 * (g == groups - 1) for g in range(groups)))
         real = tuple(1 + (5 * g) % 7 for g in range(groups))
-        yield _mixed("ragged mixed, some padded", real, tuple(n + g % 2 for g, n in enumerate(real)))
+        yield _mixed(
+            "ragged mixed, some padded", real, tuple(n + g % 2 for g, n in enumerate(real))
+        )
 
 
 def _decode(name: str, real: Counts) -> Case:

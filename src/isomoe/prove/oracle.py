@@ -1,5 +1,6 @@
-"""What each row must hold, worked out from the model on one rank: no layout, no moves, no stream."""
+"""What each row must hold, worked out from the model on one rank: no layout, move or stream."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -164,7 +165,7 @@ def _cut(rows: list[int], ways: int) -> list[list[int]]:
     """`rows` in `ways` runs of almost equal length: the first len % ways are one longer."""
     size, longer = divmod(len(rows), ways)
     bounds = [part * size + min(part, longer) for part in range(ways + 1)]
-    return [rows[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 def summed_leaf(block: Block) -> str:

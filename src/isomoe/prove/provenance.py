@@ -127,6 +127,4 @@ def id_tickets(vocab_size: int) -> Tensor:
 @lru_cache(maxsize=8)
 def logit_factors(vocab_size: int) -> Tensor:
     """What the lm_head multiplies a row's tag with, for each entry of the vocabulary: [vocab]."""
-    return torch.tensor(
-        [ticket(f"logit {i}")[0] | 1 for i in range(vocab_size)], dtype=torch.int64
-    )
+    return torch.tensor([ticket(f"logit {i}")[0] | 1 for i in range(vocab_size)], dtype=torch.int64)

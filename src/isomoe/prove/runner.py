@@ -73,7 +73,9 @@ class Finding:
             if found != expected
         ]
         tail = f"; columns counted: {'; '.join(wrong)}" if wrong else ""
-        return f"{place}, {self.regime}, {self.case}: {self.block}{who}{which}: {self.message}{tail}"
+        return (
+            f"{place}, {self.regime}, {self.case}: {self.block}{who}{which}: {self.message}{tail}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,4 +298,3 @@ def _refused(subject: Subject, error: IsomoeError) -> Finding:
         block="",
         message=str(error),
     )
-

@@ -1,9 +1,12 @@
 """Where a checkpoint lies: a folder, a hub id, a lone config.json, or the bundled one."""
 
+import re
 from importlib import resources
 from pathlib import Path
 
 from isomoe.errors import CheckpointError
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 BUNDLED = "arith-moe"
 """The checkpoint that ships with the package; the default of `--model-path`."""
@@ -35,7 +38,7 @@ def resolve(model_path: str | None, weights: bool = True) -> Path:
         if weights:
             raise CheckpointError(f"--model-path {model_path}: a folder is needed, this is a file")
         return path
-    if path.is_absolute() or model_path.startswith(".") or model_path.count("/") != 1:
+    if not _HUB_ID.fullmatch(model_path):
         raise CheckpointError(f"--model-path {model_path}: no such folder")
     return _from_hub(model_path, weights)
 
