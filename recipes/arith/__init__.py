@@ -1,0 +1,1 @@
+"""The recipe of the arith-moe checkpoint: problems, tokenizer, training and evaluation."""
