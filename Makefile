@@ -1,0 +1,40 @@
+# Two commands do everything: `make demo` and `make test`. Both install what they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test test-slow check prove bench clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "isomoe needs Python 3.11 or later; PYTHON=python3.12 make ... names another")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+
+test: .venv/.dev
+	$(BIN)/pytest
+
+test-slow: .venv/.dev
+	$(BIN)/pytest -m slow
+
+check: test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+prove: .venv/.installed
+	$(BIN)/isomoe prove --all-models --max-ranks 64
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/cpu_decode.py
+
+clean:
+	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
