@@ -1,0 +1,81 @@
+"""The `isomoe` command. Each subcommand is a module, imported when it is asked for."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NoReturn
+
+from isomoe import __version__
+from isomoe.errors import IsomoeError
+
+COMMANDS = {
+    "generate": "generate text from prompts",
+    "plan": "print which collectives a model runs under a layout, and what they cost",
+    "prove": "prove that every plan sums every contribution exactly once, without weights",
+    "parity": "compare tokens and log-probabilities of two layouts, engines or servers",
+    "eval": "score a model on a task",
+}
+"""Name -> one line of help. The module of a command is `isomoe.cli.<name>`; it has `NAME`, `HELP`,
+`add_arguments(parser)` and `run(args) -> int`."""
+
+EXIT_WRONG_USE = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_WRONG_USE, f"isomoe: error: {message} (see `{self.prog} --help`)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Returns:
+        0 if it holds, 1 if it does not, 2 for wrong use, 130 for Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except IsomoeError as error:
+        print(f"isomoe: error: {error}", file=sys.stderr)
+        return EXIT_WRONG_USE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`). Keep the interpreter from flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_WRONG_USE
+
+
+def _run(words: list[str]) -> int:
+    if words and words[0] in _available():
+        name = words[0]
+        module = import_module(f"isomoe.cli.{name}")
+        parser = _Parser(prog=f"isomoe {name}", description=module.HELP, allow_abbrev=False)
+        module.add_arguments(parser)
+        code: int = module.run(parser.parse_args(words[1:]))
+        return code
+    parser = _Parser(prog="isomoe", description="Mixture-of-Experts serving.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"isomoe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in _available().items():
+        commands.add_parser(name, help=text)
+    parser.parse_args(words)
+    return EXIT_WRONG_USE
+
+
+def _available() -> dict[str, str]:
+    return {
+        name: text for name, text in COMMANDS.items() if find_spec(f"isomoe.cli.{name}") is not None
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The settings of one engine, as the command line and `LLM` give them."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
+
+from isomoe.errors import ConfigError
+from isomoe.layout import Parallelism
+
+E = TypeVar("E", bound=StrEnum)
+
+
+class LoadFormat(StrEnum):
+    """Where weights come from."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
+class DType(StrEnum):
+    """The model's dtype; AUTO takes the one of config.json."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Device(StrEnum):
+    """What the workers run on; AUTO is CUDA where there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The settings of one engine. What depends on the checkpoint is found out when it starts.
+
+    Attributes:
+        model_path: a folder or a hub id; None is the checkpoint that ships with the package.
+        parallelism: how the model is split over the ranks.
+        load_format: read the checkpoint's weights, or make random ones.
+        dtype: of weights, activations and KV cache.
+        device: what the workers run on.
+        context_length: the most tokens of a request, prompt and output; None takes the model's.
+        max_running_requests: the most requests that run at once in each attention-DP group.
+        max_total_tokens: tokens that each rank's KV cache holds; None sizes it by memory.
+        mem_fraction_static: share of a GPU's memory for weights and KV cache.
+        page_size: tokens of a page of the KV cache.
+        chunked_prefill_size: the most tokens of an attention-DP group in a step; longer prompts
+            are prefilled in chunks.
+        random_seed: of dummy weights, and of sampling where a request brings no seed.
+        instrument: `package.module:attribute` of an `engine.Instrument`, or None.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    model_path: str | None = None
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    load_format: LoadFormat = LoadFormat.AUTO
+    dtype: DType = DType.AUTO
+    device: Device = Device.AUTO
+    context_length: int | None = None
+    max_running_requests: int = 256
+    max_total_tokens: int | None = None
+    mem_fraction_static: float = 0.88
+    page_size: int = 16
+    chunked_prefill_size: int = 2048
+    random_seed: int = 0
+    instrument: str | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--context-length", self.context_length),
+            ("--max-running-requests", self.max_running_requests),
+            ("--max-total-tokens", self.max_total_tokens),
+            ("--page-size", self.page_size),
+            ("--chunked-prefill-size", self.chunked_prefill_size),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} {value}: must be at least 1")
+        if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
+            raise ConfigError(
+                f"--max-total-tokens {self.max_total_tokens}: not even one page of "
+                f"--page-size {self.page_size}"
+            )
+        if not 0.0 < self.mem_fraction_static < 1.0:
+            raise ConfigError(
+                f"--mem-fraction-static {self.mem_fraction_static}: must lie between 0 and 1"
+            )
+        if self.random_seed < 0:
+            raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")
+        if self.instrument is not None and self.instrument.count(":") != 1:
+            raise ConfigError(f"instrument {self.instrument!r}: must be package.module:attribute")
+
+
+def choice(kind: type[E], value: str, flag: str) -> E:
+    """The member of `kind` that `value` names.
+
+    Raises:
+        ConfigError: if there is none; lists them.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(kind)
+        raise ConfigError(f"{flag} {value}: must be one of {known}") from None

@@ -1,0 +1,81 @@
+"""Who runs the steps: the workers of all ranks behind one interface."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from isomoe.config import EngineConfig
+from isomoe.engine.model_info import ModelInfo
+from isomoe.engine.step import GroupOutput, Step
+from isomoe.engine.worker import Worker
+from isomoe.errors import EngineDeadError
+
+Progress = Callable[[int, int], None]
+"""Called with (tensors done, tensors in all) while rank 0 reads its weights."""
+
+
+class Executor(ABC):
+    """Runs steps on every rank.
+
+    Its life: construction loads the weights, `allocate_cache` follows, then steps, one at a time.
+    """
+
+    @property
+    @abstractmethod
+    def available_bytes(self) -> int:
+        """Memory that the KV cache may take on the rank with the least."""
+
+    @abstractmethod
+    def allocate_cache(self, num_pages: int) -> None:
+        """Makes every rank's KV cache."""
+
+    @abstractmethod
+    def execute(self, step: Step) -> list[GroupOutput]:
+        """Runs one step and returns the answer of each attention-DP group.
+
+        Raises:
+            EngineDeadError: if a rank fails; nothing can be run afterwards.
+        """
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Ends every worker. May be called twice."""
+
+
+class LocalExecutor(Executor):
+    """One rank, in this process: no sockets, no processes."""
+
+    def __init__(
+        self, config: EngineConfig, info: ModelInfo, progress: Progress | None = None
+    ) -> None:
+        self._worker: Worker | None = Worker(config, info, progress=progress)
+        self._over = "the engine was shut down"
+
+    @property
+    def available_bytes(self) -> int:
+        """Memory that the KV cache may take."""
+        return self._alive().available_bytes()
+
+    def allocate_cache(self, num_pages: int) -> None:
+        """Makes the KV cache."""
+        self._alive().allocate_cache(num_pages)
+
+    def execute(self, step: Step) -> list[GroupOutput]:
+        """Runs one step."""
+        worker = self._alive()
+        try:
+            output = worker.execute(step.shape, step.groups[0])
+        except Exception as error:
+            self._worker = None
+            self._over = f"rank 0 raised {type(error).__name__}: {error}"
+            raise EngineDeadError(self._over) from error
+        assert output is not None
+        return [output]
+
+    def shutdown(self) -> None:
+        """Lets go of the weights and the KV cache."""
+        self._worker = None
+
+    def _alive(self) -> Worker:
+        if self._worker is None:
+            raise EngineDeadError(self._over)
+        return self._worker

@@ -1,0 +1,115 @@
+"""What a checkpoint's files settle: everything that the settings left open."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isomoe.config import Device, DType, EngineConfig, LoadFormat
+from isomoe.errors import ConfigError
+from isomoe.models import HFConfig, read_config
+from isomoe.tokenizer import Tokenizer, has_tokenizer
+from isomoe.weights import resolve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A checkpoint, and the settings that depend on it.
+
+    Attributes:
+        folder: where it lies.
+        hf_config: its config.json.
+        dtype: the torch dtype's name.
+        device: cpu or cuda.
+        context_length: the most tokens of a request.
+        vocab_size: token ids are below it.
+        eos_token_ids: the tokens that end a text.
+    """
+
+    folder: Path
+    hf_config: HFConfig
+    dtype: str
+    device: str
+    context_length: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> "ModelInfo":
+        """Reads the checkpoint's small files.
+
+        Raises:
+            CheckpointError: if there is no such checkpoint.
+            ConfigError: if the settings do not fit it, or this host.
+        """
+        folder = resolve(config.model_path, weights=config.load_format is LoadFormat.AUTO)
+        hf_config = read_config(folder)
+        folder = folder if folder.is_dir() else folder.parent
+        for key in ("vocab_size", "max_position_embeddings"):
+            if not isinstance(hf_config.get(key), int):
+                raise ConfigError(f"{folder}/config.json: {key!r} is missing")
+        return cls(
+            folder=folder,
+            hf_config=hf_config,
+            dtype=_dtype(config.dtype, hf_config),
+            device=_device(config.device, config.parallelism.tp_size),
+            context_length=_context_length(config.context_length, hf_config),
+            vocab_size=hf_config["vocab_size"],
+            eos_token_ids=_eos_token_ids(folder, hf_config),
+        )
+
+
+def _dtype(asked: DType, hf_config: HFConfig) -> str:
+    if asked is not DType.AUTO:
+        return str(asked)
+    found = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    known = {str(dtype) for dtype in DType} - {str(DType.AUTO)}
+    if found not in known:
+        raise ConfigError(f"config.json: dtype {found!r}; --dtype bfloat16 or float32 would work")
+    return str(found)
+
+
+def _device(asked: Device, ranks: int) -> str:
+    if asked is Device.AUTO:
+        asked = Device.CUDA if torch.cuda.is_available() else Device.CPU
+    if asked is Device.CUDA and torch.cuda.device_count() < ranks:
+        raise ConfigError(
+            f"--device cuda: {torch.cuda.device_count()} GPU(s) for --tp-size {ranks}; "
+            "--device cpu, or fewer ranks, would work"
+        )
+    return str(asked)
+
+
+def _context_length(asked: int | None, hf_config: HFConfig) -> int:
+    most: int = hf_config["max_position_embeddings"]
+    if asked is not None and asked > most:
+        raise ConfigError(f"--context-length {asked}: the model has {most} positions")
+    return most if asked is None else asked
+
+
+def _eos_token_ids(folder: Path, hf_config: HFConfig) -> frozenset[int]:
+    """From generation_config.json, else config.json, else the tokenizer."""
+    found = _ids(_generation_config(folder).get("eos_token_id"))
+    found = found or _ids(hf_config.get("eos_token_id"))
+    if not found and has_tokenizer(folder):
+        found = _ids(Tokenizer(folder).eos_token_id)
+    return frozenset(found)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]

@@ -1,0 +1,263 @@
+"""The workers of several ranks, each in a process of its own on this host."""
+
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from isomoe.comm.rendezvous import Rendezvous
+from isomoe.config import EngineConfig
+from isomoe.engine.executor import Executor, Progress
+from isomoe.engine.messages import (
+    AllocateCache,
+    CacheReady,
+    Failure,
+    Launch,
+    Loaded,
+    LoadProgress,
+    Stop,
+    WorkerStep,
+)
+from isomoe.engine.model_info import ModelInfo
+from isomoe.engine.step import GroupOutput, Step
+from isomoe.engine.worker_process import threads_per_rank
+from isomoe.errors import EngineDeadError
+
+_GRACE_SECONDS = 0.5
+"""How long the ranks may take to say what happened, once one has failed."""
+_STOP_SECONDS = 3.0
+"""How long a worker may take to stop when asked to."""
+_BOOT = "from isomoe.engine.worker_process import main; main({pipe}, {lifeline})"
+
+
+@dataclass(slots=True, eq=False)
+class _Rank:
+    """The parent's end of one worker."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+    failure: Failure | None = None
+
+
+class ProcessExecutor(Executor):
+    """Worker processes, which talk to this one over pipes that they inherit.
+
+    They start from a fresh interpreter that runs no part of the user's program, so a script needs
+    no `__main__` guard. They end with this process, however it ends.
+    """
+
+    def __init__(
+        self, config: EngineConfig, info: ModelInfo, progress: Progress | None = None
+    ) -> None:
+        parallelism = config.parallelism
+        self._attn_tp = parallelism.attn_tp
+        self._ranks: list[_Rank] = []
+        self._selector = selectors.DefaultSelector()
+        lifeline, self._lifeline = os.pipe()
+        self._end = weakref.finalize(
+            self, _end, self._ranks, self._selector, self._lifeline, os.getpid()
+        )
+        self._over = "the engine was shut down"
+        self._rendezvous: Rendezvous | None = None
+        try:
+            self._rendezvous = Rendezvous()
+            for index in range(parallelism.tp_size):
+                self._ranks.append(_start(index, parallelism.tp_size, lifeline))
+                self._selector.register(self._ranks[-1].pipe, selectors.EVENT_READ, self._ranks[-1])
+            for rank in self._ranks:
+                port = self._rendezvous.port
+                self._send([rank], Launch(config=config, info=info, rank=rank.rank, port=port))
+            found = self._collect(self._ranks, Loaded, progress)
+        except BaseException:
+            self.shutdown()
+            raise
+        finally:
+            os.close(lifeline)
+        self._available_bytes: int = min(loaded.available_bytes for loaded in found)
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids, in rank order."""
+        return [rank.process.pid for rank in self._ranks]
+
+    @property
+    def available_bytes(self) -> int:
+        """Memory that the KV cache may take on the rank with the least."""
+        return self._available_bytes
+
+    def allocate_cache(self, num_pages: int) -> None:
+        """Makes every rank's KV cache."""
+        self._send(self._ranks, AllocateCache(num_pages=num_pages))
+        self._collect(self._ranks, CacheReady)
+
+    def execute(self, step: Step) -> list[GroupOutput]:
+        """Runs one step. Each group is sent its own part alone."""
+        if not self._end.alive:
+            raise EngineDeadError(self._over)
+        width = self._attn_tp
+        for index, group in enumerate(step.groups):
+            ranks = self._ranks[index * width : (index + 1) * width]
+            self._send(ranks, WorkerStep(shape=step.shape, group=group))
+        return self._collect(self._ranks[::width], GroupOutput)
+
+    def shutdown(self) -> None:
+        """Ends every worker. May be called twice."""
+        self._end()
+        self._rendezvous = None
+
+    def _send(self, ranks: list[_Rank], message: Any) -> None:
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        for rank in ranks:
+            try:
+                rank.pipe.send_bytes(data)
+            except OSError:
+                self._fail(loading=isinstance(message, Launch))
+
+    def _collect(
+        self, ranks: list[_Rank], kind: type[Any], progress: Progress | None = None
+    ) -> list[Any]:
+        """One message of `kind` from each of `ranks`, in their order."""
+        loading = kind is Loaded
+        found: dict[int, Any] = {}
+        while len(found) < len(ranks):
+            for key, _ in self._selector.select():
+                rank: _Rank = key.data
+                match _receive(rank):
+                    case None | Failure():
+                        self._fail(loading)
+                    case LoadProgress(done=done, total=total):
+                        if progress is not None:
+                            progress(done, total)
+                    case message:
+                        assert isinstance(message, kind), f"rank {rank.rank} sent {message}"
+                        found[rank.rank] = message
+        return [found[rank.rank] for rank in ranks]
+
+    def _fail(self, loading: bool) -> NoReturn:
+        """Ends everything once a rank has failed, and raises the first cause."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        open_ranks = [rank for rank in self._ranks if rank.failure is None]
+        while open_ranks and time.monotonic() < deadline:
+            open_ranks = [rank for rank in open_ranks if not _ended(rank)]
+            if any(rank.failure is None and rank.process.poll() for rank in self._ranks):
+                break
+            time.sleep(0.01)
+        culprit, cause = _first_cause(self._ranks)
+        self.shutdown()
+        if loading and cause is not None and cause.error is not None:
+            raise cause.error
+        error = _dead(culprit, cause)
+        self._over = str(error)
+        raise error
+
+
+def _start(rank: int, ranks: int, lifeline: int) -> _Rank:
+    ours, theirs = Pipe()
+    # The paths go along, so that an instrument is found wherever this process found it.
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    threads = str(threads_per_rank(ranks))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    boot = _BOOT.format(pipe=theirs.fileno(), lifeline=lifeline)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", boot],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # stdout is for results, which are the parent's
+            pass_fds=(theirs.fileno(), lifeline),
+            env=environment,
+            process_group=0,  # Ctrl-C is for the parent, which ends the workers
+        )
+    finally:
+        theirs.close()
+    return _Rank(rank, process, ours)
+
+
+def _receive(rank: _Rank) -> Any:
+    """The next message; None if the worker is gone. A failure is kept."""
+    try:
+        message = pickle.loads(rank.pipe.recv_bytes())
+    except (EOFError, OSError):
+        return None
+    if isinstance(message, Failure):
+        rank.failure = message
+    return message
+
+
+def _ended(rank: _Rank) -> bool:
+    """Whether the worker has said why it fails, or is gone. Other messages are dropped."""
+    while rank.failure is None:
+        try:
+            waiting = rank.pipe.poll()
+        except OSError:
+            return True
+        if not waiting:
+            return False
+        if _receive(rank) is None:
+            return True
+    return True
+
+
+def _first_cause(ranks: list[_Rank]) -> tuple[_Rank, Failure | None]:
+    """A worker that ended without a word, else the one that failed first.
+
+    The others fail as well, in collectives that their neighbour has left.
+    """
+    for rank in ranks:
+        if rank.failure is None and rank.process.poll() is not None:
+            return rank, None
+    failed = [(rank.failure.at_seconds, rank.rank) for rank in ranks if rank.failure is not None]
+    if not failed:
+        return ranks[0], None
+    culprit = ranks[min(failed)[1]]
+    return culprit, culprit.failure
+
+
+def _dead(rank: _Rank, cause: Failure | None) -> EngineDeadError:
+    who = f"rank {rank.rank} (process {rank.process.pid})"
+    if cause is not None:
+        error = EngineDeadError(f"{who} raised {cause.summary}")
+        error.add_note(cause.trace)
+        return error
+    code = rank.process.poll()
+    if code is None:
+        return EngineDeadError(f"{who} no longer answers")
+    if code < 0:
+        return EngineDeadError(f"{who} was killed by {signal.Signals(-code).name}")
+    return EngineDeadError(f"{who} ended with exit code {code}")
+
+
+def _end(ranks: list[_Rank], selector: selectors.BaseSelector, lifeline: int, owner: int) -> None:
+    """Stops the workers, kills those that do not, and waits for all."""
+    if os.getpid() != owner:  # a fork of the parent has no say
+        return
+    stop = pickle.dumps(Stop(), pickle.HIGHEST_PROTOCOL)
+    idle = all(rank.failure is None and rank.process.poll() is None for rank in ranks)
+    for rank in ranks:
+        try:
+            if idle:
+                rank.pipe.send_bytes(stop)
+            else:
+                rank.process.kill()
+        except OSError:
+            rank.process.kill()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for rank in ranks:
+        try:
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.process.kill()
+            rank.process.wait()
+        rank.pipe.close()
+    selector.close()
+    os.close(lifeline)

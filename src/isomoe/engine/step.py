@@ -1,0 +1,106 @@
+"""One step of the replica, as the scheduler decides it and as the workers answer it."""
+
+from dataclasses import dataclass, field
+
+from isomoe.engine.outputs import TokenLogprob
+from isomoe.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request inside the engine, with everything left open decided.
+
+    Attributes:
+        request_id: unique in the engine's life.
+        prompt_token_ids: at least one.
+        params: as the user gave them.
+        max_tokens: what they ask for, cut to the context length.
+        stop_ids: the tokens that end it.
+        seed: of its draws.
+    """
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """A request that an attention-DP group runs from this step on.
+
+    Attributes:
+        pages: all that it will ever use.
+    """
+
+    request: Request
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStep:
+    """One attention-DP group's part of a step: what changed, and the schedule.
+
+    The four columns of the schedule have one entry for each request that has rows in the step.
+
+    Attributes:
+        joined: requests that are new.
+        left: ids of requests that ended since the last step; they go before any joins.
+        request_ids: who has rows, in row order.
+        num_tokens: how many each has.
+        num_logits: how many of each one's last rows get logits: none, the last, or all.
+        samples: whether a token is drawn after each one's last row.
+    """
+
+    joined: tuple[Joined, ...] = ()
+    left: tuple[int, ...] = ()
+    request_ids: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    num_logits: tuple[int, ...] = ()
+    samples: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What every rank must know of a step.
+
+    Attributes:
+        rows: tokens of each attention-DP group.
+        padded: rows of each group with its padding; None pads nothing.
+        logits_rows: for each group, ascending places of the rows that get logits.
+        regime: index of the plan's regime.
+    """
+
+    rows: tuple[int, ...]
+    padded: tuple[int, ...] | None
+    logits_rows: tuple[tuple[int, ...], ...]
+    regime: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of the replica.
+
+    Attributes:
+        groups: the part of each attention-DP group.
+    """
+
+    shape: StepShape
+    groups: tuple[GroupStep, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupOutput:
+    """What an attention-DP group answers to a step.
+
+    Attributes:
+        token_ids: one for each request that samples, in row order.
+        logprobs: the same, None where not asked for; empty if nobody asked.
+        prompt_logprobs: by request id, those of the prompt tokens that follow this step's rows.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)

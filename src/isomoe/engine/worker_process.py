@@ -1,0 +1,112 @@
+"""A worker in a process of its own: the end of the pipe that is not the engine core's."""
+
+import os
+import pickle
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from isomoe.comm.rendezvous import leave
+from isomoe.engine.messages import (
+    AllocateCache,
+    CacheReady,
+    Failure,
+    Launch,
+    Loaded,
+    LoadProgress,
+    Stop,
+    WorkerStep,
+)
+from isomoe.engine.worker import Worker
+from isomoe.errors import IsomoeError
+
+_PROGRESS_SECONDS = 0.05
+"""The shortest time between two reports on loading."""
+
+
+def main(pipe_fd: int, lifeline_fd: int) -> None:
+    """Serves steps until told to stop.
+
+    Args:
+        pipe_fd: the pipe to the engine core.
+        lifeline_fd: a pipe that nobody writes to; its end is the end of the parent.
+    """
+    threading.Thread(target=_die_with_parent, args=(lifeline_fd,), daemon=True).start()
+    pipe = Connection(pipe_fd)
+    try:
+        _serve(pipe)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(1)
+    except Exception as error:
+        _report(pipe, error)
+        os._exit(1)
+    leave()
+    # Nothing is left to save, and the interpreter's own end takes a while with torch.
+    os._exit(0)
+
+
+def _serve(pipe: Connection) -> None:
+    launch = pickle.loads(pipe.recv_bytes())
+    assert isinstance(launch, Launch)
+    torch.set_num_threads(threads_per_rank(launch.config.parallelism.tp_size))
+    progress = _progress(pipe) if launch.rank == 0 else None
+    worker = Worker(launch.config, launch.info, launch.rank, launch.port, progress)
+    _send(pipe, Loaded(available_bytes=worker.available_bytes()))
+    while True:
+        match pickle.loads(pipe.recv_bytes()):
+            case WorkerStep(shape=shape, group=group):
+                output = worker.execute(shape, group)
+                if output is not None:
+                    _send(pipe, output)
+            case AllocateCache(num_pages=num_pages):
+                worker.allocate_cache(num_pages)
+                _send(pipe, CacheReady())
+            case Stop():
+                return
+
+
+def threads_per_rank(ranks: int) -> int:
+    """torch threads of each of `ranks` workers on this host."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // ranks)
+
+
+def _progress(pipe: Connection) -> Callable[[int, int], None]:
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last > _PROGRESS_SECONDS:
+            last = now
+            _send(pipe, LoadProgress(done=done, total=total))
+
+    return progress
+
+
+def _report(pipe: Connection, error: Exception) -> None:
+    failure = Failure(
+        error=error if isinstance(error, IsomoeError) else None,
+        summary=f"{type(error).__name__}: {error}",
+        trace=traceback.format_exc(),
+        at_seconds=time.monotonic(),
+    )
+    with suppress(OSError):  # the parent is gone
+        _send(pipe, failure)
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    pipe.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+
+def _die_with_parent(lifeline_fd: int) -> None:
+    """Ends the process when the parent ends, also while a collective blocks."""
+    os.read(lifeline_fd, 1)
+    os._exit(1)
