@@ -2,6 +2,7 @@
 rows and ranks stand, worked out from coordinates (it shares no code with `isomoe.layout`)."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor
 from isomoe.blocks import Batch
 from isomoe.comm import Communicator, SimWorld
 from isomoe.kernels import AttentionBatch
-from isomoe.layout import GLOO, Parallelism, TokenRows, make_plan
+from isomoe.layout import GLOO, Parallelism, Plan, TokenRows, make_plan
 from isomoe.models import CausalLM, build, read_config
 from isomoe.stream import ResidualStream
 from isomoe.weights import load_safetensors
 
 PAGE = 4
+
+torch.set_num_threads(1)  # tensors are tiny, and idle threads would spin on shared cores
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -75,26 +78,34 @@ def load_model(folder: Path, layout: Parallelism, rank: int, dtype: torch.dtype)
     return model
 
 
+@lru_cache(maxsize=4)
+def plan_of(model: CausalLM) -> Plan:
+    """The plan on CPUs, made once a model."""
+    return make_plan(model.chain, GLOO)
+
+
 def simulate(
     models: Sequence[CausalLM],
     prompts: Sequence[Sequence[Sequence[int]]],
     padded: Sequence[int] | None = None,
     regime: int | None = None,
+    chosen: Sequence[Sequence[int]] | None = None,
 ) -> list[Tensor]:
-    """Prefills prompts on simulated ranks; the logits of every token of each rank's group.
+    """Prefills prompts on simulated ranks; the logits of each rank's group.
 
     Args:
         models: one for each rank.
         prompts: for each attention-DP group, its requests' token ids.
         padded: rows of each group, padding included.
         regime: index of the plan's regime; None lets the plan choose.
+        chosen: for each group, the rows that get logits; None for every token.
     """
     mesh = models[0].seat.mesh
-    plan = make_plan(models[0].chain, GLOO)
+    plan = plan_of(models[0])
     real = [sum(map(len, group)) for group in prompts]
     rows = TokenRows.of(mesh, real, padded)
     held = [stop - start for start, stop in rows.groups]
-    chosen = rows.select([list(range(n)) for n in real])
+    selected = rows.select([list(range(n)) for n in real] if chosen is None else chosen)
     bound = plan.regimes[plan.choose(held) if regime is None else regime]
 
     def rank_main(comm: Communicator) -> Tensor:
@@ -108,7 +119,7 @@ def simulate(
             positions=torch.tensor(places + pad, dtype=torch.int64),
             attention=attention_batch(prompts[group]),
             rows=rows,
-            logits_rows=chosen,
+            logits_rows=selected,
             rank=seat.rank,
         )
         stream = ResidualStream(bound, comm, rows, torch.float32)

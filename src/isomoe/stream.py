@@ -81,6 +81,8 @@ class ResidualStream:
             raise PlacementError(
                 f"{name}: written {sorted(self._written)}, but the plan settles {sorted(due)}"
             )
+        if plan.selects_rows != (rows is not None):
+            raise PlacementError(f"{name}: rows are selected where the plan says so, only there")
         if rows is not None:
             self._select(plan, rows)
         total = self._residual
@@ -139,7 +141,7 @@ class ResidualStream:
                 return comm.all_reduce(x, axes)
             case Op.REDUCE_SCATTER:
                 return comm.reduce_scatter(x, axes, rows.counts(comm.seat, axes))
-            case Op.ALL_GATHER if move.before.letters[axes[0]] == "S":
+            case Op.ALL_GATHER if move.before[axes[0]] == "S":
                 return comm.all_gather(x, axes, rows.counts(comm.seat, axes))
             case Op.ALL_GATHER:
                 members = comm.seat.mesh.size_of(axes)

@@ -5,7 +5,7 @@ from isomoe.layout.cost import GLOO, H100, MACHINES, CostModel, Machine
 from isomoe.layout.mesh import Axes, Mesh, Seat
 from isomoe.layout.moves import Move, Op, cheapest
 from isomoe.layout.parallelism import Parallelism
-from isomoe.layout.placement import Letter, Placement, replicated, row_sharded
+from isomoe.layout.placement import Letter, Placement, row_sharded
 from isomoe.layout.plan import Plan, ReadPlan, Regime, RegimePlan, make_plan, regimes
 from isomoe.layout.rows import LogitsRows, Rows, TokenRows
 
@@ -37,6 +37,5 @@ __all__ = [
     "cheapest",
     "make_plan",
     "regimes",
-    "replicated",
     "row_sharded",
 ]

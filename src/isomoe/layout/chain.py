@@ -72,6 +72,7 @@ class Chain:
                 for variant in block.variants:
                     self._check_needs(block, variant.needs)
                     self._check_gives(block, variant.gives, inside=read is self.reads[-1])
+                self._check_inner(block)
 
     def _check_needs(self, block: BlockSpec, needs: Placement | None) -> None:
         if needs is None:
@@ -94,6 +95,17 @@ class Chain:
             )
         if inside and gives.where(Letter.P):
             raise PlacementError(f"{block.name}: gives {gives}, a partial sum nobody would settle")
+
+    def _check_inner(self, block: BlockSpec) -> None:
+        """Inner moves start from what the block gives and follow one another."""
+        stations = [move.after for move in block.inner]
+        starts = [move.before for move in block.inner]
+        for variant in block.variants:
+            if starts and starts != [variant.gives, *stations[:-1]]:
+                raise PlacementError(
+                    f"{block.name}: gives {variant.gives}, but its inner moves are "
+                    f"{', '.join(map(str, block.inner))}"
+                )
 
     def _check_length(self, block: BlockSpec, placement: Placement) -> None:
         if len(placement) != len(self.mesh.axes):

@@ -56,7 +56,7 @@ class Move:
         run = self.axes
         if not run or run != tuple(range(run[0], run[-1] + 1)) or run[-1] >= len(self.before):
             raise PlacementError(f"{self.op} over axes {run}: a move takes a run of mesh axes")
-        old, new = self.before.letters[run[0]], self.after.letters[run[0]]
+        old, new = self.before[run[0]], self.after[run[0]]
         if (old, new) not in _TURNS[self.op] or self.before.put(Letter(new), run) != self.after:
             takes = " or ".join(f"{a} to {b}" for a, b in _TURNS[self.op])
             raise PlacementError(
@@ -64,10 +64,10 @@ class Move:
                 f"{self.before} into {self.after}"
             )
         for axis in run:
-            if self.before.letters[axis] != old:
+            if self.before[axis] != old:
                 raise PlacementError(
                     f"{self.op} over axes {run}: axis {axis} of {self.before} is "
-                    f"{self.before.letters[axis]}, not {old}"
+                    f"{self.before[axis]}, not {old}"
                 )
         if Letter.S in (old, new) and run[-1] + 1 != max(self.before.row_axes, self.after.row_axes):
             raise PlacementError(f"{self.op} over axes {run} of {self.before} splits a row shard")
@@ -98,7 +98,7 @@ def _moves_from(placement: Placement) -> Iterator[Move]:
             run = tuple(range(first, stop))
             for op in _BETWEEN_BLOCKS:
                 for old, new in _TURNS[op]:
-                    if old is not Letter.C and all(placement.letters[a] == old for a in run):
+                    if old is not Letter.C and all(placement[a] == old for a in run):
                         try:
                             yield Move(op, run, placement, placement.put(new, run))
                         except PlacementError:
@@ -133,7 +133,7 @@ def cheapest(
         for move in moves_from(here):
             if move.after not in done and (chain or move != avoid):
                 heapq.heappush(queue, (total + cost(move), next(order), move.after, (*chain, move)))
-    for axis, (old, new) in enumerate(zip(before.letters, after.letters, strict=True)):
+    for axis, (old, new) in enumerate(zip(before, after, strict=True)):
         if old != new and (new in "PC" or old == "C"):
             raise PlacementError(f"no move turns axis {axis} from {old} into {new}")
     raise PlacementError(f"no chain of moves turns {before} into {after}")

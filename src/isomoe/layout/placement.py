@@ -1,6 +1,5 @@
 """How an activation lies on the mesh: one letter an axis."""
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 
 from isomoe.errors import PlacementError
@@ -20,53 +19,40 @@ class Letter(StrEnum):
     """The same rows, different features. Only inside a block."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(str):
     """One letter for each mesh axis; row-sharded axes come first, since rows are ordered by rank.
+
+    A string of its letters, so that placements compare, hash and print as fast as strings do.
+
+    Attributes:
+        row_axes: how many leading axes are row-sharded.
 
     Raises:
         PlacementError: for an unknown letter, or an S behind another letter.
     """
 
-    letters: str
-    row_axes: int = field(init=False, repr=False, compare=False)
-    """How many leading axes are row-sharded."""
+    row_axes: int
 
-    def __post_init__(self) -> None:
-        if set(self.letters) - set(Letter):
-            raise PlacementError(f"placement {self.letters!r}: letters are S, R, P and C")
-        if "S" in self.letters.lstrip("S"):
-            axis = self.letters.rindex("S")
+    def __new__(cls, letters: str) -> "Placement":
+        if set(letters) - set(Letter):
+            raise PlacementError(f"placement {letters!r}: letters are S, R, P and C")
+        others = letters.lstrip("S")
+        if "S" in others:
             raise PlacementError(
-                f"placement {self.letters!r}: axis {axis} is S behind an axis that is not; "
-                "row-sharded axes come first"
+                f"placement {letters!r}: axis {letters.rindex('S')} is S behind an axis that is "
+                "not; row-sharded axes come first"
             )
-        prefix = len(self.letters) - len(self.letters.lstrip("S"))
-        object.__setattr__(self, "row_axes", prefix)
-
-    def __hash__(self) -> int:
-        return hash(self.letters)
-
-    def __str__(self) -> str:
-        return self.letters
-
-    def __len__(self) -> int:
-        return len(self.letters)
+        placement = super().__new__(cls, letters)
+        placement.row_axes = len(letters) - len(others)
+        return placement
 
     def where(self, letter: Letter) -> Axes:
         """The axes that hold `letter`."""
-        return tuple(a for a, held in enumerate(self.letters) if held == letter)
+        return tuple(a for a, held in enumerate(self) if held == letter)
 
     def put(self, letter: Letter, axes: Axes) -> "Placement":
         """This placement with `letter` on `axes`."""
-        return Placement(
-            "".join(letter if a in axes else held for a, held in enumerate(self.letters))
-        )
-
-
-def replicated(axes: int) -> Placement:
-    """R on all axes."""
-    return Placement("R" * axes)
+        return Placement("".join(letter if a in axes else held for a, held in enumerate(self)))
 
 
 def row_sharded(prefix: int, axes: int) -> Placement:

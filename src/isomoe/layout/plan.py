@@ -17,7 +17,7 @@ from isomoe.layout.cost import CostModel, Machine
 from isomoe.layout.mesh import Mesh
 from isomoe.layout.moves import Move, cheapest
 from isomoe.layout.parallelism import Parallelism
-from isomoe.layout.placement import Letter, Placement, row_sharded
+from isomoe.layout.placement import Placement, row_sharded
 
 BUCKETS = (8, 64, 512, 4096, 32768)
 """Upper bounds of the rows of a step that share a regime; larger steps use the last one."""
@@ -404,10 +404,5 @@ class _Planner:
     def _settle(
         self, read: str, producers: tuple[str, ...], gives: Placement, residual: Placement
     ) -> Settle:
-        try:
-            route = self._route(gives, residual)
-        except PlacementError as error:
-            raise PlacementError(f"{', '.join(producers)}: gives {gives}: {error}") from None
-        if residual.where(Letter.P):
-            raise PlacementError(f"{read}: a norm may not run on {residual}, a partial sum")
+        route = self._route(gives, residual)
         return Settle(before=read, producers=producers, gives=gives, residual=residual, route=route)

@@ -11,6 +11,11 @@ class QwenMoe(CausalLM):
     """Grouped-query attention with full rope; softmax top-k experts; dense layers in between."""
 
     def prepare(self) -> None:
+        for key, default in (("hidden_act", "silu"), ("use_sliding_window", False)):
+            if self.config.get(key, default) != default:
+                raise ConfigError(
+                    f"config.json: {key} {self.config[key]!r} is not supported; {default!r} is"
+                )
         self.rope = Rope(
             head_dim(self.config),
             rope_theta(self.config),
@@ -64,7 +69,8 @@ class QwenMoe(CausalLM):
 
 def num_experts(config: HFConfig) -> int:
     """Routed experts; transformers 5.2x renamed the key for Qwen3-MoE."""
-    return int(config.get("num_experts", config.get("num_local_experts", 0)))
+    renamed = "num_experts" not in config and "num_local_experts" in config
+    return int(config["num_local_experts" if renamed else "num_experts"])
 
 
 def head_dim(config: HFConfig) -> int:

@@ -1,0 +1,123 @@
+"""What cannot be served is refused before anything runs, in one line that says why."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isomoe.engine import LLM, SamplingParams
+from isomoe.errors import CheckpointError, ConfigError, EngineDeadError, IsomoeError, RequestError
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(str(folder), device="cpu", context_length=20, max_total_tokens=32) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], r"^the prompt is empty$"),
+        ([[1], []], r"^prompt 1: the prompt is empty$"),
+        ([[1] * 20], r"^the prompt has 20 tokens, the context length is 20"),
+        ([[1, 131]], r"^the prompt's token ids hold 131; the vocabulary is 0 to 130$"),
+        ([[-1, 3]], r"^the prompt's token ids hold -1; the vocabulary is 0 to 130$"),
+        ([[1, "a"]], r"^the prompt's token ids must be integers, not 'a'$"),
+        ("text", r"has no tokenizer, so text cannot be used; token ids would work$"),
+    ],
+)
+def test_bad_prompts(llm: LLM, prompts: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        llm.generate(prompts, SamplingParams(max_tokens=4))
+    assert "\n" not in str(caught.value)
+    assert not llm.core.has_work
+    assert len(llm.generate([1], SamplingParams(max_tokens=1))) == 1
+
+
+def test_other_bad_requests(llm: LLM, folder: Path) -> None:
+    with pytest.raises(RequestError, match="2 prompts and 1 sampling_params"):
+        llm.generate([[1], [2]], [SamplingParams()])
+    with pytest.raises(RequestError, match="stop texts need a tokenizer"):
+        llm.generate([1], SamplingParams(stop=("x",)))
+    with pytest.raises(RequestError, match="stop_token_ids hold 500"):
+        llm.generate([1], SamplingParams(stop_token_ids=(500,)))
+    with (
+        LLM(str(folder), device="cpu", max_total_tokens=32) as small,
+        pytest.raises(RequestError, match=r"need 4 pages of 16 tokens, the KV cache has 2"),
+    ):
+        small.generate([1] * 40, SamplingParams(max_tokens=10))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": -1},
+        {"max_tokens": 1.5},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -2},
+        {"min_p": 1.5},
+        {"logprobs": -1},
+        {"logprobs": 1000},
+        {"prompt_logprobs": True},
+        {"stop": ("",)},
+        {"stop": "text"},
+        {"stop": ("x",), "detokenize": False},
+        {"seed": 0.5},
+    ],
+)
+def test_bad_sampling_params_name_the_parameter(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=f"^{next(iter(wrong))} ") as caught:
+        SamplingParams(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"tp_size": 3}, ConfigError, "--tp-size 3: 3 does not divide 8 attention heads"),
+        ({"tp_size": 2, "attn_dp_size": 3}, ConfigError, "--attn-dp-size 3 does not divide"),
+        ({"context_length": 1000}, ConfigError, "--context-length 1000: the model has 256"),
+        ({"dtype": "int8"}, ConfigError, "--dtype int8: must be one of auto, bfloat16, float32"),
+        ({"page_size": 0}, ConfigError, "--page-size 0: must be at least 1"),
+        ({"max_total_tokens": 3}, ConfigError, "--max-total-tokens 3: not even one page"),
+        ({"instrument": "nowhere:x"}, ConfigError, "instrument 'nowhere:x': No module"),
+        ({"instrument": "planted:lacks_methods"}, ConfigError, "has no method in_chain"),
+    ],
+)
+def test_bad_settings(
+    folder: Path, settings: dict[str, Any], kind: type[IsomoeError], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        LLM(str(folder), **({"device": "cpu"} | settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        LLM(str(tmp_path), device="cpu")
+
+
+def test_an_engine_that_was_shut_down_says_so(folder: Path) -> None:
+    llm = LLM(str(folder), device="cpu")
+    llm.shutdown()
+    llm.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        llm.generate([1, 2])
+
+
+def test_workers_import_neither_transformers_nor_tokenizers() -> None:
+    code = (
+        "import sys, isomoe.engine.worker_process; "
+        "print([name for name in ('transformers', 'tokenizers') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
