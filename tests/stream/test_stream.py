@@ -348,6 +348,7 @@ def alone() -> ResidualStream:
 
 
 X = torch.ones(3, HIDDEN)
+EVERY_ROW = TokenRows.of(MESHES[0], (3,)).select([(0, 1, 2)])
 
 
 def test_a_block_that_the_plan_does_not_know_may_not_write() -> None:
@@ -379,7 +380,7 @@ def test_reads_come_in_the_plan_s_order_and_end_with_it() -> None:
     stream.read(norm, "first")
     stream.write("one", X)
     stream.write("two", X)
-    stream.read(norm, "last")
+    stream.read(norm, "last", rows=EVERY_ROW)
     with pytest.raises(PlacementError, match="last: the plan has nothing here"):
         stream.read(norm, "last")
 

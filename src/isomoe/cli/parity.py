@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inject",
         metavar="NAME",
-        help="plant a known defect (`isomoe prove --list-mutants`) in every layout but the baseline",
+        help="plant a known defect (`isomoe prove --list-mutants`) in each layout but the first",
     )
     add_model_option(parser)
     source = parser.add_argument_group("prompts (default: 20 questions that ship with the model)")
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="M",
         help=f"M prompts of random tokens (default for a model without questions: "
-        f"{RANDOM_PROMPTS}); the seed is --random-seed",
+        f"{RANDOM_PROMPTS}); the seed is --random-seed. A trained model may turn on one bit there: "
+        "use --dtype float32",
     )
     source.add_argument(
         "--max-tokens", type=int, default=100, metavar="N", help="default: %(default)s"

@@ -56,7 +56,10 @@ class Share:
         n, p, z2 = self.total, self.value, _Z_95**2
         middle = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = _Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        # Exact at the ends, where rounding would leave the share outside.
+        low = middle - half if self.right else 0.0
+        high = middle + half if self.right < n else 1.0
+        return low, high
 
     def to_json(self) -> dict[str, object]:
         """As a plain dict."""

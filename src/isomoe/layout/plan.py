@@ -150,22 +150,23 @@ class RegimePlan:
             yield from moves
 
     @cached_property
-    def signature(self) -> tuple[object, ...]:
-        """Equal for plans that do the same moves between the same kinds of read."""
-        return (
-            *tuple(
-                (
-                    read.residual,
-                    read.selects_rows,
-                    read.carry and read.carry.route.moves,
-                    tuple((s.gives, len(s.producers), s.route.moves) for s in read.settles),
-                    tuple((d.needs, d.gives, d.route.moves) for d in read.deliveries),
-                )
-                for read in self.reads
-            ),
-            self.embedding_gives,
-            tuple(moves for _, moves in self.inner),
+    def signature(self) -> tuple[object, object]:
+        """(body, tail): equal for plans that do the same moves between the same kinds of read.
+
+        The tail is the last read, where rows are selected, and the lm_head behind it.
+        """
+        *body, last = (
+            (
+                read.residual,
+                read.selects_rows,
+                read.carry and read.carry.route.moves,
+                tuple((s.gives, len(s.producers), s.route.moves) for s in read.settles),
+                tuple((d.needs, d.gives, d.route.moves) for d in read.deliveries),
+            )
+            for read in self.reads
         )
+        inner = tuple(moves for _, moves in self.inner)
+        return (self.embedding_gives, *body), (last, inner)
 
     def to_json(self) -> dict[str, object]:
         """The regime as `isomoe plan --json` prints it."""

@@ -2,7 +2,7 @@
 
 from isomoe.parity.compare import TOLERANCES, Comparison, Recording, Tolerance, Verdict, compare
 from isomoe.parity.engine_target import EngineTarget
-from isomoe.parity.inject import instrument_of
+from isomoe.parity.inject import injectable, instrument_of
 from isomoe.parity.measure import record
 from isomoe.parity.report import Report
 from isomoe.parity.target import Target
@@ -17,6 +17,7 @@ __all__ = [
     "Tolerance",
     "Verdict",
     "compare",
+    "injectable",
     "instrument_of",
     "record",
 ]

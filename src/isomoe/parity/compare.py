@@ -52,10 +52,28 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "bfloat16": Tolerance(mean=0.02, most=0.25),
+    "bfloat16": Tolerance(mean=0.04, most=1.0),
     "float32": Tolerance(mean=1e-4, most=1e-2),
 }
-"""By the model's dtype."""
+"""By the model's dtype; they hold for the teacher-forced and for the decoded deltas.
+
+Teacher-forced mean / max, on CPUs with torch 2.13. Clean is the worst of tp2,dp2, tp2,dp2,ep2 and
+tp4,dp2,ep4 against tp2; mildest is the planted defect with the least effect (of double-reduce,
+double-reduce-attention, uncompensated-scale, scale-twice, missing-reduce, last-reduce-lost,
+one-axis-of-two and ragged-offsets in tp4,dp2,ep2; in float32 of double-reduce alone):
+
+    bfloat16, bundled, shipped questions     clean 3e-8 / 2e-5    mildest 0.0196 / 4.31
+    bfloat16, random weights and prompts     clean 0.008 / 0.25   mildest 0.167 / 0.594
+    float32, random weights and prompts      clean 4e-7 / 2e-6    mildest 0.501 / 1.35
+
+In bfloat16 neither limit alone finds every defect; the two together do, with a factor of 4 on
+either side. The maximum leaves room for a token whose experts a last bit chooses: the report
+behind SGLang #23731 has 0.28 at most after its fix.
+
+They are no promise for prompts far from what a model was trained on. With random prompts the
+bundled checkpoint has places where bfloat16 rounding alone costs 19 nats (mean 0.04); in float32
+the same places differ by 0.001 at most between tp1 and tp2.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +119,17 @@ class Recording:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     error: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of all prompts."""
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the output tokens as they were decoded; NaN if there is none."""
+        found = [logprob for output in self.outputs for logprob in output.logprobs]
+        return math.fsum(found) / len(found) if found else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +214,9 @@ class Comparison:
     """A row of the table: one run against the baseline.
 
     Attributes:
+        num_prompts: the baseline's.
+        num_tokens: the baseline's output tokens.
+        prompts: one for each prompt; none if the recording was incomplete.
         free: over the common prefixes of all prompts.
         forced: over all of the baseline's tokens.
         reasons: why it differs; empty if it does not.
@@ -193,6 +225,8 @@ class Comparison:
     name: str
     verdict: Verdict
     reasons: tuple[str, ...]
+    num_prompts: int
+    num_tokens: int
     prompts: tuple[PromptComparison, ...]
     free: Deltas
     forced: Deltas
@@ -200,13 +234,8 @@ class Comparison:
     seconds: float
 
     @property
-    def num_tokens(self) -> int:
-        """The baseline's output tokens."""
-        return sum(prompt.num_tokens for prompt in self.prompts)
-
-    @property
     def common_tokens(self) -> int:
-        """Those before the first difference of their prompt."""
+        """Tokens before the first difference of their prompt."""
         return sum(prompt.common_prefix for prompt in self.prompts)
 
     @property
@@ -266,6 +295,8 @@ def compare(baseline: Recording, other: Recording, tolerance: Tolerance) -> Comp
         name=other.name,
         verdict=verdict,
         reasons=tuple(reasons),
+        num_prompts=len(baseline.outputs),
+        num_tokens=baseline.num_tokens,
         prompts=prompts,
         free=free,
         forced=forced,

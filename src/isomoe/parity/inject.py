@@ -1,7 +1,15 @@
 """Defects of `isomoe prove` that can be planted in the real engine."""
 
 from isomoe.errors import ConfigError
-from isomoe.prove.mutants import MUTANTS, find_mutant
+from isomoe.prove.mutants import MUTANTS, Mutant
+
+_SCHEDULE = ("M19", "M23", "M24")
+"""Operators that change which ranks enter a collective: the engine would wait for ever."""
+
+
+def injectable() -> list[str]:
+    """The defects that the engine can run."""
+    return [mutant.name for mutant in MUTANTS if _refusal(mutant) is None]
 
 
 def instrument_of(name: str) -> str:
@@ -10,11 +18,16 @@ def instrument_of(name: str) -> str:
     Raises:
         ConfigError: if there is no such defect, or the engine cannot run it; lists those it can.
     """
-    able = [mutant.name for mutant in MUTANTS if mutant.runs_in_engine]
-    if name not in able:
-        known = any(mutant.name == name for mutant in MUTANTS)
-        why = (
-            "changes more than the stream (`isomoe prove --mutant` has it)" if known else "unknown"
-        )
-        raise ConfigError(f"--inject {name}: {why}; the engine can run {', '.join(able)}")
-    return f"isomoe.prove.mutants:{find_mutant(name).name.replace('-', '_')}"
+    found = [mutant for mutant in MUTANTS if mutant.name == name]
+    why = _refusal(found[0]) if found else "unknown"
+    if why is not None:
+        raise ConfigError(f"--inject {name}: {why}; the engine can run {', '.join(injectable())}")
+    return f"isomoe.prove.mutants:{name.replace('-', '_')}"
+
+
+def _refusal(mutant: Mutant) -> str | None:
+    if not mutant.runs_in_engine:
+        return "changes more than the stream (`isomoe prove --mutant` runs it)"
+    if mutant.code in _SCHEDULE:
+        return "makes ranks wait for one another for ever (`isomoe prove --mutant` runs it)"
+    return None

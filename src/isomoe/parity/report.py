@@ -19,7 +19,7 @@ from isomoe.parity.compare import (
 )
 
 _COLOURS = {Verdict.IDENTICAL: "green", Verdict.AGREES: "green", Verdict.DIFFERS: "red"}
-_WIDTH = 132
+_WIDTH = 160
 """Columns of the table where stdout is no terminal."""
 
 
@@ -45,11 +45,6 @@ class Report:
         """Whether no row differs; not where there is no row."""
         return bool(self.rows) and all(row.verdict is not Verdict.DIFFERS for row in self.rows)
 
-    @property
-    def num_tokens(self) -> int:
-        """The baseline's output tokens."""
-        return sum(len(output.token_ids) for output in self.baseline.outputs)
-
     def to_json(self) -> dict[str, object]:
         """Everything, per prompt too. What is not finite is null."""
         return {
@@ -57,9 +52,13 @@ class Report:
             "model": self.model,
             "conditions": self.conditions,
             "prompts": {"source": self.source, "count": len(self.baseline.outputs)},
-            "tokens": self.num_tokens,
+            "tokens": self.baseline.num_tokens,
             "tolerance": {"mean": self.tolerance.mean, "max": self.tolerance.most},
-            "baseline": {"layout": self.baseline.name, "seconds": round(self.baseline.seconds, 2)},
+            "baseline": {
+                "layout": self.baseline.name,
+                "mean_logprob": _number(self.baseline.mean_logprob),
+                "seconds": round(self.baseline.seconds, 2),
+            },
             "rows": [_row(row) for row in self.rows],
         }
 
@@ -71,8 +70,10 @@ class Report:
         what = ", ".join(str(self.conditions[key]) for key in ("dtype", "device"))
         console.print(
             f"{escape(self.model)} ({what}): {len(self.baseline.outputs)} prompts "
-            f"({escape(self.source)}), {self.num_tokens} tokens decoded greedily by the baseline "
-            f"{self.baseline.name} in {self.baseline.seconds:.1f} s"
+            f"({escape(self.source)}), {self.baseline.num_tokens} tokens decoded greedily by the "
+            f"baseline {self.baseline.name} (mean logprob {self.baseline.mean_logprob:.3g}, "
+            f"{self.baseline.seconds:.1f} s)",
+            soft_wrap=True,
         )
         console.print(_table(self.rows))
         for row in self.rows:
@@ -98,7 +99,7 @@ def _table(rows: Sequence[Comparison]) -> Table:
     for row in rows:
         table.add_row(
             escape(row.name),
-            f"{row.same_prompts}/{len(row.prompts)} prompts, "
+            f"{row.same_prompts}/{row.num_prompts} prompts, "
             f"{row.common_tokens}/{row.num_tokens} tokens",
             _pair(row.free),
             _pair(row.forced),

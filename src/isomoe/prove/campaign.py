@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from multiprocessing import get_context
 
@@ -48,14 +48,14 @@ def prove_models(
 ) -> Report:
     """Proves every valid layout of every model, or stops at the first violation.
 
-    Models on one layout are proven together, so that what is equal runs once.
+    What may share plans is proven together, so that what is equal runs once.
 
     Args:
         mutant: a known defect to plant; the campaign must then find a violation.
         processes: how many to use; all cores by default.
     """
     jobs = _jobs(configs, max_ranks)
-    total, done = sum(len(names) for _, names in jobs), 0
+    total, done = sum(map(len, jobs)), 0
     stats = Stats()
     for part, finding in _results(jobs, configs, mutant, processes):
         stats.add(part)
@@ -67,17 +67,18 @@ def prove_models(
     return Report(stats, None, len(configs))
 
 
-_Job = tuple[Parallelism, tuple[str, ...]]
+_Job = tuple[tuple[Parallelism, str], ...]
+"""Layouts and the names of models on them, to be proven together."""
 
 
 def _jobs(configs: Mapping[str, HFConfig], max_ranks: int) -> list[_Job]:
-    """Layouts with the models that fit them, small ones first."""
-    by_layout: dict[Parallelism, list[str]] = defaultdict(list)
+    """Every layout of every model, small ones first; those that share plans in one job."""
+    alike: dict[Parallelism, list[tuple[Parallelism, str]]] = defaultdict(list)
     for name, config in configs.items():
         for layout in layouts(family_of(config), config, max_ranks):
-            by_layout[layout].append(name)
-    order = sorted(by_layout, key=lambda layout: layout.tp_size)
-    return [(layout, tuple(by_layout[layout])) for layout in order]
+            alike[replace(layout, enable_dp_lm_head=False)].append((layout, name))
+    order = sorted(alike, key=lambda layout: layout.tp_size)
+    return [tuple(alike[layout]) for layout in order]
 
 
 def _results(
@@ -101,13 +102,12 @@ def _results(
 def _prove_job(
     job: _Job, configs: Mapping[str, HFConfig], mutant: str | None
 ) -> tuple[Stats, Finding | None]:
-    layout, names = job
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny: threads only get in each other's way
     try:
         stats, proven = Stats(), set[object]()
         planted = find_mutant(mutant) if mutant is not None else None
-        for name in names:
+        for layout, name in job:
             part, finding = prove(Subject.of(name, configs[name], layout), planted, proven)
             stats.add(part)
             if finding is not None:
