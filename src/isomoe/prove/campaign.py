@@ -85,7 +85,7 @@ def _results(
     jobs: list[_Job], configs: Mapping[str, HFConfig], mutant: str | None, processes: int | None
 ) -> Iterator[tuple[Stats, Finding | None]]:
     cores = processes or len(os.sched_getaffinity(0))
-    if cores == 1 or mutant is not None or len(jobs) < 64:
+    if cores == 1 or mutant is not None or len(jobs) < 32:
         for job in jobs:
             yield _prove_job(job, configs, mutant)
         return

@@ -8,7 +8,7 @@ import torch
 
 from isomoe.blocks import Batch
 from isomoe.comm import Communicator, SimWorld
-from isomoe.errors import IsomoeError
+from isomoe.errors import IsomoeError, PlacementError
 from isomoe.kernels import AttentionBatch
 from isomoe.layout import MACHINES, Mesh, Parallelism, Plan, RegimePlan, TokenRows, make_plan
 from isomoe.models import CausalLM, HFConfig, build, family_of, representative
@@ -129,7 +129,7 @@ def prove(
     seen = set() if proven is None else proven
     try:
         plans = plans_of(subject, mutant)
-    except IsomoeError as error:
+    except PlacementError as error:
         return stats, _refused(subject, error)
     world: _World | None = None
     for regime in (regime for plan in plans for regime in plan.regimes):
@@ -290,7 +290,7 @@ def _summed_leaves(model: CausalLM, read: int) -> Iterator[str]:
     yield model.embedding.name
 
 
-def _refused(subject: Subject, error: IsomoeError) -> Finding:
+def _refused(subject: Subject, error: PlacementError) -> Finding:
     return Finding(
         model=subject.name,
         layout=str(subject.layout),

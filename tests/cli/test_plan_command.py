@@ -1,0 +1,97 @@
+"""`isomoe plan` as a script sees it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isomoe.cli.main import main
+
+CONFIGS = Path(__file__).parents[2] / "src" / "isomoe" / "models" / "configs"
+
+
+Plan = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
+    """Runs `isomoe plan ...`: exit code, what went to stdout and to stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            code = main(["plan", *words])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, errors = capsys.readouterr()
+        return code, out, errors
+
+    return run
+
+
+def document(plan: Plan, *words: str) -> Any:
+    code, out, errors = plan(*words, "--json")
+    assert (code, errors) == (0, "")
+    return json.loads(out)
+
+
+def test_the_report_s_layout_gathers_for_the_experts_and_reduce_scatters_from_them(
+    plan: Plan,
+) -> None:
+    shown = document(
+        plan, "--tp", "2", "--dp", "2", "--enable-dp-attention", "--ep", "2", "--rows", "64"
+    )
+    assert shown["world"] == 2
+    assert shown["mesh"]["axes"] == [2]
+    assert (shown["mesh"]["attn_dp"], shown["mesh"]["attn_tp"]) == ([0], [])
+    (equal,) = [regime for regime in shown["regimes"] if regime["equal"]]
+    experts = [s for s in equal["settles"] if s["producers"][0].endswith("mlp.experts")]
+    assert experts
+    for settle in experts:
+        move = {"op": "reduce_scatter", "axes": [0], "from": "P", "to": "S"}
+        assert (settle["gives"], settle["moves"]) == ("P", [move])
+
+
+def test_a_lone_config_and_a_thousand_ranks_will_do(plan: Plan) -> None:
+    config = str(CONFIGS / "qwen3-235b-a22b.json")
+    shown = document(
+        plan, "--model-path", config, "--tp", "1024", "--attn-dp-size", "64", "--ep", "128"
+    )
+    assert shown["world"] == 1024
+    assert shown["mesh"]["axes"] == [64, 2, 2, 4]
+
+
+def test_the_table_names_blocks_moves_and_what_they_beat(plan: Plan) -> None:
+    code, out, _ = plan("--tp", "4", "--attn-dp-size", "2", "--rows", "4096")
+    assert code == 0
+    assert "mlp.experts x" in out
+    assert "instead of" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--tp", "6"), "6 does not divide 8 attention heads; what would work: --tp-size 4 or 8"),
+        (("--tp", "4", "--ep", "3"), "--ep-size 3 does not divide --tp-size 4; 1, 2, 4 would"),
+        (("--tp", "4", "--attn-dp-size", "3"), "--attn-dp-size 3 does not divide --tp-size 4"),
+        (("--tp", "2048"), "--tp-size 2048: must be from 1 to 1024"),
+        (("--model-path", "/no/such"), "no such folder"),
+        (("--dp", "2"), "counts replicas"),
+        (("--rows", "0"), "--rows 0: must be at least 1"),
+    ],
+)
+def test_wrong_sizes_are_one_line_and_exit_code_two(
+    plan: Plan, words: tuple[str, ...], said: str
+) -> None:
+    code, out, errors = plan(*words)
+    assert (code, out) == (2, "")
+    assert said in errors
+    assert errors.count("\n") == 1
+
+
+def test_an_unknown_architecture_lists_the_known_ones(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    code, _, errors = plan("--model-path", str(tmp_path))
+    assert code == 2
+    assert "known: Qwen2MoeForCausalLM, Qwen3MoeForCausalLM" in errors
