@@ -1,6 +1,6 @@
 """The steps that a layout is proven on: equal, ragged, empty and padded rows, in every phase."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 Counts = tuple[int, ...]
@@ -24,40 +24,48 @@ class Case:
 
 
 def cases(groups: int, equal: bool) -> Iterator[Case]:
-    """Steps for a regime over `groups` attention-DP groups.
+    """Steps for a regime over `groups` attention-DP groups; the last one selects some rows.
 
-    Decode steps want logits of every row, prefill steps of the last row of each request, mixed
-    steps of some. One row is fewer than any group of ranks; 5 and 7 rows split unevenly.
+    One row is fewer than any group of ranks; 5 and 7 rows split unevenly. Some groups are empty,
+    some padded.
     """
+    each = range(groups)
     if equal:
-        yield _decode("decode of one row", (1,) * groups)
-        ragged = tuple((group + 1) % 3 for group in range(groups))
-        yield _padded("decode padded to two rows", ragged, (2,) * groups)
-        yield _mixed("prefill of five rows", (5,) * groups)
+        yield _case("decode of one row", [1] * groups)
+        real = [(4 * group + 2) % 6 for group in each]
+        yield _case("five rows, some padding", real, padded=[5] * groups, chosen=_every_other)
     else:
-        yield _decode("ragged decode, empty groups", tuple((3 * g + 2) % 4 for g in range(groups)))
-        yield _prefill("one group alone", tuple(6 * (g == groups - 1) for g in range(groups)))
-        real = tuple(1 + (5 * g) % 7 for g in range(groups))
-        yield _mixed(
-            "ragged mixed, some padded", real, tuple(n + g % 2 for g, n in enumerate(real))
-        )
+        yield _case("one group alone", [6 * (group == groups - 1) for group in each], chosen=_last)
+        real = [(5 * group + 3) % 8 for group in each]
+        padded = [rows + group % 2 for group, rows in enumerate(real)]
+        yield _case("ragged, some padding", real, padded, chosen=_every_other)
 
 
-def _decode(name: str, real: Counts) -> Case:
-    return Case(name=name, real=real, padded=real, chosen=tuple(tuple(range(n)) for n in real))
+_Choice = Callable[[int, int], Iterable[int]]
+"""The rows that get logits, from a group's number and how many rows it has."""
 
 
-def _prefill(name: str, real: Counts) -> Case:
-    chosen = tuple((n - 1,) if n else () for n in real)
-    return Case(name=name, real=real, padded=real, chosen=chosen)
+def _all(group: int, rows: int) -> Iterable[int]:
+    """A decode step: every row is the last of its request."""
+    return range(rows)
 
 
-def _mixed(name: str, real: Counts, padded: Counts | None = None) -> Case:
-    chosen = tuple(
-        tuple(row for row in range(n) if (row + group) % 2 == 0) for group, n in enumerate(real)
+def _last(group: int, rows: int) -> Iterable[int]:
+    """The prefill of one request."""
+    return range(max(rows - 1, 0), rows)
+
+
+def _every_other(group: int, rows: int) -> Iterable[int]:
+    """A mixed step: rows in the midst of a prompt get none."""
+    return (row for row in range(rows) if (row + group) % 2 == 0)
+
+
+def _case(
+    name: str, real: Sequence[int], padded: Sequence[int] | None = None, chosen: _Choice = _all
+) -> Case:
+    return Case(
+        name=name,
+        real=tuple(real),
+        padded=tuple(padded or real),
+        chosen=tuple(tuple(chosen(group, rows)) for group, rows in enumerate(real)),
     )
-    return Case(name=name, real=real, padded=padded or real, chosen=chosen)
-
-
-def _padded(name: str, real: Counts, padded: Counts) -> Case:
-    return Case(name=name, real=real, padded=padded, chosen=tuple(tuple(range(n)) for n in real))

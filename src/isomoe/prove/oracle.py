@@ -23,11 +23,13 @@ class View:
     Attributes:
         numbers: which rows, numbered over all groups.
         rows: [n, LANES], what they must be.
+        tags: [n, LANES], what a norm hands out for them.
         real: [n, 1] bool, False for padding; None if none is padding.
     """
 
     numbers: list[int]
     rows: Tensor
+    tags: Tensor
     real: Tensor | None
 
 
@@ -93,19 +95,21 @@ class Expected:
             rows = [row for share in self._shares[first : first + stride] for row in share]
             if selected:
                 rows = [row for row in rows if row in self._is_chosen]
-            self._views[key] = self._view(self.residual[read], rows)
+            self._views[key] = self._view(self.residual[read], self.tags[read], rows)
         return self._views[key]
 
     def attention_view(self, read: int, rank: int) -> View:
         """What must reach the attention of `rank`'s group behind a read."""
         key = (read, rank // self.mesh.parallelism.attn_tp, 0, False)
         if key not in self._views:
-            self._views[key] = self._view(self.tags[read], self.group_of(rank))
+            tags = self.tags[read]
+            self._views[key] = self._view(tags, tags, self.group_of(rank))
         return self._views[key]
 
-    def _view(self, rows: Tensor, numbers: list[int]) -> View:
+    def _view(self, rows: Tensor, tags: Tensor, numbers: list[int]) -> View:
         real = self.real[numbers].unsqueeze(1)
-        return View(numbers, rows[numbers], None if bool(real.all()) else real)
+        padded = not bool(real.all())
+        return View(numbers, rows[numbers], tags[numbers], real if padded else None)
 
     def logits(self, rank: int) -> Tensor:
         """The logits of the selected rows of `rank`'s group: [rows, vocab]."""
