@@ -7,6 +7,7 @@ an error at the call, and a rank that never comes is named instead of waited for
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -80,7 +81,7 @@ class SimWorld:
         """Records a rank's call; the last of a group to come computes for all."""
         group = self.mesh.group(rank, call.axes)
         calls = self._waiting.setdefault(group, {})
-        for other, theirs in calls.items():
+        for other, theirs in islice(calls.items(), 1):  # those that came later agree with it
             if (theirs.op, theirs.agreed) != (call.op, call.agreed):
                 raise CollectiveError(
                     f"ranks {other} and {rank} of group {group} differ: {theirs}, but {call}"

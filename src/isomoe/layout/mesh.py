@@ -76,6 +76,11 @@ class Mesh:
             raise ConfigError(f"mesh axes {self.axes} do not factor {self.parallelism}")
 
     @cached_property
+    def _groups(self) -> dict[tuple[int, Axes], tuple[int, ...]]:
+        """Groups by their first rank and axes, made when they are asked for."""
+        return {}
+
+    @cached_property
     def _strides(self) -> tuple[int, ...]:
         """For each axis, the ranks from it on; 1 behind the last."""
         return tuple(prod(self.axes[a:]) for a in range(len(self.axes) + 1))
@@ -150,7 +155,10 @@ class Mesh:
         """The ranks of `rank`'s group over `axes`, in order."""
         stride, size = self.stride_of(axes), self.size_of(axes)
         first = rank - rank // stride % size * stride
-        return tuple(range(first, first + size * stride, stride))
+        key = (first, axes)
+        if key not in self._groups:
+            self._groups[key] = tuple(range(first, first + size * stride, stride))
+        return self._groups[key]
 
     def groups(self, axes: Axes) -> list[tuple[int, ...]]:
         """All groups over `axes`, ordered by their first rank."""

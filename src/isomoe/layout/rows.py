@@ -28,6 +28,10 @@ class Rows:
     leaves: tuple[int, ...]
     _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
+    @cached_property
+    def _counts(self) -> dict[tuple[int, Axes], tuple[int, ...]]:
+        return {}
+
     def __post_init__(self) -> None:
         if len(self.leaves) != self.mesh.size or min(self.leaves) < 0:
             raise PlacementError(f"{len(self.leaves)} row counts for {self.mesh.size} ranks")
@@ -48,8 +52,11 @@ class Rows:
         """Rows of each member of `seat`'s group over `axes`, the last row-sharded axes."""
         group = self.mesh.group(seat.rank, axes)
         width, starts = self.mesh.width_behind(axes[-1] + 1), self._starts
-        firsts = (rank // width * width for rank in group)
-        return tuple(starts[first + width] - starts[first] for first in firsts)
+        key = (group[0] // width, axes)
+        if key not in self._counts:
+            firsts = (rank // width * width for rank in group)
+            self._counts[key] = tuple(starts[first + width] - starts[first] for first in firsts)
+        return self._counts[key]
 
     def cut(self, seat: Seat, axes: Axes) -> slice:
         """This rank's part of the rows that its group over `axes` holds together."""
