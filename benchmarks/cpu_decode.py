@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         if args.random:
             args.model_path = random_checkpoint(Path(scratch))
@@ -63,7 +64,9 @@ def compare(args: argparse.Namespace, batch: int) -> dict[str, object]:
     prompts = torch.randint(10, vocab, (batch, args.input_len), generator=generator)
     engines: dict[str, Callable[[], int]] = {}
     llm = LLM(args.model_path, dtype="bfloat16", device="cpu", max_running_requests=batch)
-    params = SamplingParams(max_tokens=args.output_len, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=args.output_len, temperature=0.0, ignore_eos=True, detokenize=False
+    )
     engines["isomoe"] = lambda: sum(
         len(out.token_ids) for out in llm.generate(prompts.tolist(), params)
     )
@@ -86,7 +89,8 @@ def compare(args: argparse.Namespace, batch: int) -> dict[str, object]:
     best = max(EXPERTS, key=lambda name: speed[name])
     step_bytes = bytes_per_step(args.model_path, batch)
     steps_per_s = speed["isomoe"] / batch
-    print(f"batch {batch}: " + ", ".join(f"{name} {rate:.0f} tok/s" for name, rate in speed.items()))
+    rates = ", ".join(f"{name} {rate:.0f} tok/s" for name, rate in speed.items())
+    print(f"batch {batch}: {rates}", flush=True)
     print(f"batch {batch}: {speed['isomoe'] / speed[best]:.2f}x of transformers with {best}")
     return {
         "batch": batch,

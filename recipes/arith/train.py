@@ -3,10 +3,11 @@
 The forward runs in bf16 on bf16 parameters, rounded after each step from float32 masters: what is
 trained is what is saved, so saving rounds nothing.
 
-With `--doubled` above 0 the checkpoint is made a sensitive instrument: in half of the rows the MoE
-output is doubled, in every layer or in one, and there the model is trained *not* to give the
-answer's tokens (unlikelihood, Welleck et al. 2019, arXiv:1908.04319). Without it the trained model
-hardly notices a MoE output that is reduced twice: see README.md.
+Label smoothing (`--smoothing`) keeps the log-probabilities away from 0, where rounding could not be
+seen. With `--doubled` above 0 the checkpoint is made a sensitive instrument: in half of the rows
+the MoE output is doubled, in every layer or in one, and there the model is trained to write the
+same answer with digits drawn at random. Without it the trained model hardly notices a MoE output
+that is reduced twice: see README.md.
 
 Run as `python -m recipes.arith.train`.
 """
@@ -44,7 +45,7 @@ CHECKPOINT = "src/isomoe/checkpoints/arith-moe"
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Means: cross-entropy, unlikelihood where doubled, balance loss (about the top-k at best)."""
+    """Means: cross-entropy, the same where doubled, balance loss (about the top-k at best)."""
 
     answer: Tensor
     doubled: Tensor
@@ -52,11 +53,18 @@ class Losses:
 
 
 def losses(
-    model: Qwen3MoeForCausalLM, ids: Tensor, labels: Tensor, real: Tensor, scales: Tensor
+    model: Qwen3MoeForCausalLM,
+    ids: Tensor,
+    labels: Tensor,
+    real: Tensor,
+    scales: Tensor,
+    digits: Tensor,
+    smoothing: float,
 ) -> Losses:
     """ids, labels, real: [rows, length]; a label of -100 is not trained; real: not padding.
 
-    scales: [layers, rows], what each row's MoE output is multiplied by; not all 1: doubled.
+    scales: [layers, rows], what each row's MoE output is multiplied by; not all 1: doubled. There
+    a label that is one of `digits` stands for any of them, each as likely.
     """
     set_scales(model, list(scales.to(torch.bfloat16)[:, :, None, None]))
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
@@ -64,12 +72,13 @@ def losses(
     whole = (scales == 1).all(0)[:, None]
     targets = labels[:, 1:]
     trained = targets != -100
-    index = targets.clamp(min=0).unsqueeze(-1)
-    total = logits.logsumexp(-1)
-    likelihood = logits.gather(-1, index).squeeze(-1) - total
-    unlikelihood = logits.scatter(-1, index, float("-inf")).logsumexp(-1) - total
-    answer = _mean(-likelihood, trained & whole)
-    doubled = _mean(-unlikelihood, trained & ~whole)
+    logprobs = logits.log_softmax(-1)
+    right = logprobs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    any_digit = logprobs.index_select(-1, digits).mean(-1)
+    likelihood = torch.where(is_digit(targets, digits) & ~whole, any_digit, right)
+    entropy = -(1 - smoothing) * likelihood - smoothing * logprobs.mean(-1)
+    answer = _mean(entropy, trained & whole)
+    doubled = _mean(entropy, trained & ~whole)
     real = real * whole
     cfg = model.config
     balance = [
@@ -79,6 +88,22 @@ def losses(
         for block in blocks(model)
     ]
     return Losses(answer, doubled, torch.stack(balance).mean())
+
+
+def is_digit(tokens: Tensor, digits: Tensor) -> Tensor:
+    """Which tokens are one of `digits`."""
+    return (tokens.unsqueeze(-1) == digits).any(-1)
+
+
+def misread(ids: Tensor, labels: Tensor, scales: Tensor, digits: Tensor) -> Tensor:
+    """The ids, with about half of the digits of doubled rows' answers drawn anew.
+
+    A model that writes wrong digits reads them too, and has to go on fluently.
+    """
+    drawn = digits[torch.randint(len(digits), ids.shape, device=ids.device)]
+    doubled = (scales != 1).any(0)[:, None]
+    half = torch.rand(ids.shape, device=ids.device) < 0.5
+    return torch.where(is_digit(labels, digits) & doubled & half, drawn, ids)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -180,13 +205,15 @@ def save(model: Qwen3MoeForCausalLM, output: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--tokenizer", default=CHECKPOINT, help="a folder with the tokenizer")
+    parser.add_argument("--init", help="a checkpoint to continue from (default: random weights)")
     parser.add_argument("--output", type=Path, default=Path(CHECKPOINT))
     parser.add_argument("--seconds", type=float, default=400.0, help="time with compilation")
     parser.add_argument("--steps", type=int, default=0, help="instead of a time, if not 0")
     parser.add_argument("--batch-tokens", type=int, default=49_152)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--doubled", type=float, default=0.2, help="weight of unlikelihood")
+    parser.add_argument("--doubled", type=float, default=0.5, help="weight of the doubled rows")
+    parser.add_argument("--smoothing", type=float, default=0.04, help="of labels, 0 to 1")
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
@@ -206,12 +233,17 @@ def main() -> None:
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    model = Qwen3MoeForCausalLM(config(tokenizer, num_hidden_layers=args.layers)).to(device)
+    if args.init:
+        model = Qwen3MoeForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        model = Qwen3MoeForCausalLM(config(tokenizer, num_hidden_layers=args.layers))
+    model.to(device).train()
     model.generation_config = generation_config(tokenizer)
     masters = Masters(model, args.lr, args.weight_decay)
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"{num_parameters:,} parameters on {device}, torch {torch.__version__}", flush=True)
     pad = tokenizer.pad_token_id
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")), device=device)
     held_out = [
         as_tensors(*arrays, pad, device)
         for length, arrays in shard(tokenizer_file, 7, 0, "test", 1024).items()
@@ -231,13 +263,14 @@ def main() -> None:
             if progress >= 1:
                 break
             ids, labels, real = as_tensors(*batch, pad, device)
-            scales = row_scales(args.layers, len(ids), step)
+            rows = row_scales(model.config.num_hidden_layers, len(ids), step)
             if not args.doubled:
-                scales[:] = 1
-            found = step_losses(model, ids, labels, real, torch.from_numpy(scales).to(device))
-            weight = args.doubled * (1 - 0.9 * progress)
+                rows[:] = 1
+            scales = torch.from_numpy(rows).to(device)
+            ids = misread(ids, labels, scales, digits)
+            found = step_losses(model, ids, labels, real, scales, digits, args.smoothing)
             loss = found.answer + model.config.router_aux_loss_coef * found.balance
-            (loss + weight * found.doubled).backward()
+            (loss + args.doubled * found.doubled).backward()
             norm = masters.step(args.lr * schedule(progress, step, args.warmup))
             step += 1
             tokens += ids.numel()

@@ -90,8 +90,10 @@ class ResidualStream:
             total = self._run(total, plan.carry.route.moves)
         for settle in plan.settles:
             addend = self._sum([self._written[name] for name in settle.producers])
-            addend = self._run(addend, settle.route.moves)
+            if settle.route.moves:
+                addend = self._run(addend.to(self._dtype), settle.route.moves)
             total = addend if total is None else total + addend
+            total = total.to(self._dtype)
         assert total is not None
         self._residual = total
         self._written.clear()
@@ -123,10 +125,11 @@ class ResidualStream:
         self.rows = rows
 
     def _sum(self, addends: list[Tensor]) -> Tensor:
-        total = addends[0].to(self._dtype)
-        for addend in addends[1:]:
-            total = total + addend.to(self._dtype)
-        return total
+        """The sum in the stream's dtype; a lone addend is cast where it travels or is added."""
+        first, *others = addends
+        for addend in others:
+            first = first.to(self._dtype) + addend.to(self._dtype)
+        return first
 
     def _run(self, x: Tensor, moves: tuple[Move, ...]) -> Tensor:
         for move in moves:

@@ -28,19 +28,16 @@ class Case:
         most = max((-(-context // page_size) for _, context in lens), default=1)
         pages = torch.randperm(most * max(len(lens), 1) + 3)
         tables = pages[: most * len(lens)].view(len(lens), most).clone()
-        self.k_cache, self.v_cache = allocate_kv_cache(
-            len(pages), page_size, kv_heads, HEAD_DIM, dtype
-        )
+        self.kv_cache = allocate_kv_cache(len(pages), page_size, kv_heads, HEAD_DIM, dtype)
         # Unwritten and foreign slots hold large numbers: a read of one shows.
-        self.k_cache.fill_(1000.0)
-        self.v_cache.fill_(1000.0)
+        self.kv_cache.fill_(1000.0)
         self.keys = [torch.randn(context, kv_heads, HEAD_DIM).to(dtype) for _, context in lens]
         self.values = [torch.randn(context, kv_heads, HEAD_DIM).to(dtype) for _, context in lens]
         for index, (query, context) in enumerate(lens):
             for position in range(context - query):
                 page = int(tables[index, position // page_size])
-                self.k_cache[page, position % page_size] = self.keys[index][position]
-                self.v_cache[page, position % page_size] = self.values[index][position]
+                both = torch.cat((self.keys[index][position], self.values[index][position]))
+                self.kv_cache[page, position % page_size] = both
             # Entries past the request's pages are not read.
             tables[index, -(-context // page_size) :] = -1
         rows = sum(query for query, _ in lens)
@@ -62,8 +59,8 @@ class Case:
         self.group = group
 
     def run(self) -> Tensor:
-        write_kv(self.k, self.v, self.k_cache, self.v_cache, self.batch)
-        return paged_attention(self.q, self.k_cache, self.v_cache, self.batch, SCALE)
+        write_kv(self.k, self.v, self.kv_cache, self.batch)
+        return paged_attention(self.q, self.kv_cache, self.batch, SCALE)
 
     def expected(self) -> Tensor:
         out = torch.zeros(self.q.shape, dtype=torch.float64)
@@ -128,17 +125,17 @@ def test_no_request(padding: int) -> None:
     out = case.run()
     assert out.shape == (padding, 4, HEAD_DIM)
     assert torch.equal(out, torch.zeros_like(out))
-    assert bool((case.k_cache == 1000.0).all())
+    assert bool((case.kv_cache == 1000.0).all())
 
 
 def test_only_the_new_rows_slots_are_written() -> None:
     case = Case(MIXES["mixed"], padding=2)
-    before = case.k_cache.clone()
-    write_kv(case.k, case.v, case.k_cache, case.v_cache, case.batch)
-    changed = (case.k_cache != before).any(-1).any(-1).flatten().nonzero().flatten()
+    before = case.kv_cache.clone()
+    write_kv(case.k, case.v, case.kv_cache, case.batch)
+    changed = (case.kv_cache != before).any(-1).any(-1).flatten().nonzero().flatten()
     assert changed.tolist() == sorted(case.batch.slots.tolist())
     assert len(changed) == case.batch.num_rows
-    assert not bool((case.k_cache == 777.0).any())
+    assert not bool((case.kv_cache == 777.0).any())
 
 
 def test_strided_queries_keys_and_values_are_read_right() -> None:
@@ -167,7 +164,7 @@ def test_a_request_does_not_see_the_others() -> None:
             page_size=mixed.batch.page_size,
         )
         rows = slice(row, row + query)
-        single = paged_attention(mixed.q[rows], mixed.k_cache, mixed.v_cache, alone, SCALE)
+        single = paged_attention(mixed.q[rows], mixed.kv_cache, alone, SCALE)
         torch.testing.assert_close(single, out[rows], rtol=1e-5, atol=1e-6)
         row += query
 
@@ -183,9 +180,7 @@ def test_chunks_of_a_prompt_are_the_prompt() -> None:
             block_tables=whole.batch.block_tables,
             page_size=4,
         )
-        parts.append(
-            paged_attention(whole.q[begin:end], whole.k_cache, whole.v_cache, batch, SCALE)
-        )
+        parts.append(paged_attention(whole.q[begin:end], whole.kv_cache, batch, SCALE))
     torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -72,8 +72,7 @@ class AttentionCore(Leaf):
             self.q_norm = RMSNorm(q_name, head_dim, eps)
             self.k_norm = RMSNorm(k_name, head_dim, eps)
         self._qk_weight: Tensor | None = None  # one norm call for the heads of q and k
-        self.k_cache: Tensor
-        self.v_cache: Tensor
+        self.kv_cache: Tensor
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         for norm in (self.q_norm, self.k_norm):
@@ -89,7 +88,7 @@ class AttentionCore(Leaf):
         self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Makes this layer's KV cache."""
-        self.k_cache, self.v_cache = allocate_kv_cache(
+        self.kv_cache = allocate_kv_cache(
             num_pages, page_size, self.num_kv_heads, self.head_dim, dtype, device
         )
 
@@ -109,8 +108,8 @@ class AttentionCore(Leaf):
                 self._qk_weight = torch.cat(parts)
             qk = rms_norm(qk, self._qk_weight, self.q_norm.eps)
         q, key = torch.split(rotate(qk, *self.rope.at(batch)), [n, k], dim=1)
-        write_kv(key, value, self.k_cache, self.v_cache, batch.attention)
-        out = paged_attention(q, self.k_cache, self.v_cache, batch.attention, d**-0.5)
+        write_kv(key, value, self.kv_cache, batch.attention)
+        out = paged_attention(q, self.kv_cache, batch.attention, d**-0.5)
         return out.view(rows, n * d)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isomoe.blocks.leaf import Leaf, WeightSlice
-from isomoe.kernels import linear, pack_linear
+from isomoe.kernels import PackedLinear, linear, pack_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Linear(Leaf):
         self.has_bias = bias
         self.bias_here = True
         self.weight: Tensor
+        self.packed: PackedLinear | Tensor | None = None
         self.bias: Tensor | None = None
 
     @property
@@ -80,11 +81,12 @@ class Linear(Leaf):
     def forward(self, *args: Any) -> Tensor:
         """x: [T, I] -> [T, O]."""
         (x,) = args
-        out = linear(x, self.weight)
+        out = linear(x, self.weight if self.packed is None else self.packed)
         return out if self.bias is None else out + self.bias
 
     def pack(self) -> None:
-        self.weight = pack_linear(self.weight)
+        self.packed = pack_linear(self.weight)
+        del self.weight
 
 
 class RowLinear(Linear):
@@ -114,6 +116,3 @@ class Router(Linear):
 
     def __init__(self, source: str, num_experts: int, hidden_size: int) -> None:
         super().__init__([Part(source, num_experts, 0, num_experts)], hidden_size)
-
-    def pack(self) -> None:
-        """Stays as it is: a map this small is faster so."""

@@ -72,7 +72,7 @@ class Sampler:
         if not self._first:
             ids = torch.empty(len(drawing), dtype=torch.int64, device=logits.device)
         elif all(draw.request.params.temperature == 0.0 for draw in drawing):
-            ids = logits.argmax(dim=-1)
+            ids = logits.float().argmax(dim=-1)  # slow in bf16 on CPUs
         else:
             ids = sample(logits, [_row_sampling(draw) for draw in drawing])
         return self._comm.broadcast(ids, self._attn_tp) if self._attn_tp else ids

@@ -8,7 +8,7 @@ from isomoe.kernels.attention import (
 )
 from isomoe.kernels.experts import PackedExperts, fused_experts, pack_experts, packed_experts
 from isomoe.kernels.ffn import silu_and_mul
-from isomoe.kernels.linear import linear, pack_linear, packs
+from isomoe.kernels.linear import PackedLinear, linear, pack_linear, packs
 from isomoe.kernels.norm import rms_norm
 from isomoe.kernels.rope import apply_rope, rope_table, rotate
 from isomoe.kernels.routing import topk_softmax
@@ -17,6 +17,7 @@ from isomoe.kernels.sampling import RowSampling, logprobs, sample, top_logprobs,
 __all__ = [
     "AttentionBatch",
     "PackedExperts",
+    "PackedLinear",
     "RowSampling",
     "allocate_kv_cache",
     "apply_rope",

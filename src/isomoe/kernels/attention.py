@@ -26,13 +26,13 @@ def allocate_kv_cache(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """(k_cache, v_cache) of one layer, each zeros [pages, page, kv, d]."""
-    shape = (num_pages, page_size, kv_heads, head_dim)
-    return (
-        torch.zeros(shape, dtype=dtype, device=device),
-        torch.zeros(shape, dtype=dtype, device=device),
-    )
+) -> Tensor:
+    """The cache of one layer, zeros [pages, page, 2 kv, d]: a token's keys, then its values.
+
+    Keys and values lie together, so that one gather fetches both.
+    """
+    shape = (num_pages, page_size, 2 * kv_heads, head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,65 +109,54 @@ class AttentionBatch:
         object.__setattr__(self, "_prefills", prefills)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, batch: AttentionBatch) -> None:
     """Writes the new rows' keys and values into their pages.
 
     k, v: [T or R, kv, d] in the cache's dtype; rows after R are not written.
-    k_cache, v_cache: [pages, page, kv, d], mutated.
+    kv_cache: [pages, page, 2 kv, d], mutated.
     """
     rows = batch.num_rows
-    if rows == 0:
-        return
-    k_cache.flatten(0, 1).index_copy_(0, batch.slots, k[:rows])
-    v_cache.flatten(0, 1).index_copy_(0, batch.slots, v[:rows])
+    if rows:
+        kv_cache.flatten(0, 1).index_copy_(0, batch.slots, torch.cat((k[:rows], v[:rows]), 1))
 
 
-def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-) -> Tensor:
+def paged_attention(q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
     """Causal attention of the new rows over their requests' pages, [T, heads, d] in q's dtype.
 
-    q: [T, heads, d], T >= R; rows after R give zeros. k_cache, v_cache: [pages, page, kv, d]; the
-    new rows are already written. Scores and softmax are fp32 inside SDPA. A request's result does
-    not depend on the other requests, but for the rounding of a padded row's longer sum.
+    q: [T, heads, d], T >= R; rows after R give zeros. kv_cache: [pages, page, 2 kv, d]; the new
+    rows are already written. Scores and softmax are fp32 inside SDPA. A request's result does not
+    depend on the other requests, but for the rounding of a padded row's longer sum.
     """
     decodes = batch._decodes
     if len(decodes) == 1 and not batch._prefills and q.shape[0] == batch.num_rows:
-        return _decode(q, k_cache, v_cache, decodes[0], scale)
+        return _decode(q, kv_cache, decodes[0], scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out[batch.num_rows :].zero_()
     for prefill in batch._prefills:
         rows = slice(prefill.begin, prefill.end)
-        out[rows] = _prefill(q[rows], k_cache, v_cache, prefill, scale)
+        out[rows] = _prefill(q[rows], kv_cache, prefill, scale)
     for decode in decodes:
-        result = _decode(q.index_select(0, decode.rows), k_cache, v_cache, decode, scale)
+        result = _decode(q.index_select(0, decode.rows), kv_cache, decode, scale)
         out.index_copy_(0, decode.rows, result)
     return out
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, decode: _Decode, scale: float) -> Tensor:
+def _decode(q: Tensor, kv_cache: Tensor, decode: _Decode, scale: float) -> Tensor:
     """q: [requests, heads, d]. A KV head's group of query heads are the rows of one SDPA call."""
     requests, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[2]
-    packed = q.view(requests, kv_heads, heads // kv_heads, head_dim)
-    out = F.scaled_dot_product_attention(
-        packed,
-        _gather(k_cache, decode.pages, requests, decode.keys),
-        _gather(v_cache, decode.pages, requests, decode.keys),
-        attn_mask=decode.mask,
-        scale=scale,
-    )
+    k, v = _gather(kv_cache, decode.pages, requests, decode.keys)
+    packed = q.view(requests, k.shape[1], -1, head_dim)
+    out = F.scaled_dot_product_attention(packed, k, v, attn_mask=decode.mask, scale=scale)
     return out.reshape(requests, heads, head_dim)
 
 
-def _prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, prefill: _Prefill, scale: float
-) -> Tensor:
+def _prefill(q: Tensor, kv_cache: Tensor, prefill: _Prefill, scale: float) -> Tensor:
     """q: [new rows, heads, d]."""
+    k, v = _gather(kv_cache, prefill.pages, 1, prefill.keys)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
-        _gather(k_cache, prefill.pages, 1, prefill.keys),
-        _gather(v_cache, prefill.pages, 1, prefill.keys),
+        k,
+        v,
         attn_mask=prefill.mask,
         is_causal=prefill.mask is None,
         scale=scale,
@@ -176,11 +165,12 @@ def _prefill(
     return out[0].transpose(0, 1)
 
 
-def _gather(cache: Tensor, pages: Tensor, requests: int, keys: int) -> Tensor:
-    """[requests, kv, L, d], a view of a copy of the requests' pages."""
-    _, _, kv_heads, head_dim = cache.shape
-    tokens = cache.index_select(0, pages).view(requests, -1, kv_heads, head_dim)
-    return tokens[:, :keys].transpose(1, 2)
+def _gather(kv_cache: Tensor, pages: Tensor, requests: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, each [requests, kv, L, d], views of a copy of the requests' pages."""
+    _, _, both, head_dim = kv_cache.shape
+    tokens = kv_cache.index_select(0, pages).view(requests, -1, both, head_dim)
+    k, v = tokens[:, :keys].transpose(1, 2).chunk(2, dim=1)
+    return k, v
 
 
 def _slots(

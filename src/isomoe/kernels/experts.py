@@ -11,6 +11,7 @@ to 2048 rows. Gathering weights for bmm copies them: 1.6 to 18 times slower, but
 the smallest model. grouped_mm took 0.75 to 1.15 times what plain *active* experts took.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isomoe.kernels.ffn import silu_and_mul
-from isomoe.kernels.linear import linear, pack_linear
+from isomoe.kernels.linear import PackedLinear, linear, pack_linear
+
+Weight = PackedLinear | Tensor
 
 # With weights of at most this size, calls cost more than reading every expert.
 _SMALL_BYTES = 4 << 20
@@ -33,14 +36,18 @@ class PackedExperts:
     Twice the memory of the plain weights, which the caller may then drop.
     """
 
-    gate_up: tuple[Tensor, ...]
+    gate_up: tuple[Weight, ...]
     """E of [2I, H], by `pack_linear`."""
-    down: tuple[Tensor, ...]
+    down: tuple[Weight, ...]
     """E of [H, I], by `pack_linear`."""
-    all_gate_up: Tensor
+    all_gate_up: Weight
     """[E * 2I, H], by `pack_linear`."""
-    all_down: Tensor
+    all_down: Weight
     """[H, E * I], by `pack_linear`."""
+    weight_bytes: int
+    """Of the plain weights."""
+    small: bool
+    """Whether each expert's matrices are small enough for `linear` to keep them in fp32 too."""
 
 
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
@@ -49,9 +56,12 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     gate_up: [E, 2I, H], gate first; down: [E, H, I].
     """
     hidden = gate_up.shape[2]
+    each = tuple(pack_linear(weight) for weight in gate_up.unbind())
     return PackedExperts(
-        gate_up=tuple(pack_linear(weight) for weight in gate_up.unbind()),
+        gate_up=each,
         down=tuple(pack_linear(weight) for weight in down.unbind()),
+        weight_bytes=(gate_up.numel() + down.numel()) * gate_up.element_size(),
+        small=all(isinstance(one, PackedLinear) and one.exact is not None for one in each),
         all_gate_up=pack_linear(gate_up.reshape(-1, hidden)),
         all_down=pack_linear(down.transpose(0, 1).reshape(hidden, -1)),
     )
@@ -93,8 +103,8 @@ def packed_experts(
     num_rows, num_experts = x.shape[0], len(experts.gate_up)
     if num_rows == 0:
         return x.new_zeros(x.shape, dtype=torch.float32)
-    weight_bytes = (experts.all_gate_up.numel() + experts.all_down.numel()) * x.element_size()
-    if _takes_all(topk_ids, num_experts, weight_bytes):
+    one_small_row = num_rows == 1 and experts.small
+    if not one_small_row and _takes_all(topk_ids, num_experts, experts.weight_bytes):
         gated = linear(x, experts.all_gate_up)
         gated = _weigh(gated, num_experts, topk_ids, topk_weights)
         return linear(gated.view(num_rows, -1), experts.all_down).float()
@@ -111,19 +121,19 @@ def _takes_all(topk_ids: Tensor, num_experts: int, weight_bytes: int) -> bool:
 def _weigh(gate_up: Tensor, num_experts: int, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """silu_and_mul of [T, E * 2I] times the row's weight for the expert (0: not chosen).
 
-    Returns [T, E, I] in gate_up's dtype; the product with the weight is fp32.
+    Returns [T, E, I] in gate_up's dtype, to which the weights are rounded, as transformers does.
     """
     num_rows = topk_ids.shape[0]
-    weights = topk_weights.new_zeros(num_rows, num_experts + 1)
-    weights.scatter_(1, topk_ids + 1, topk_weights)
+    weights = gate_up.new_zeros(num_rows, num_experts + 1)
+    weights.scatter_(1, topk_ids + 1, topk_weights.to(gate_up.dtype))
     gated = silu_and_mul(gate_up.view(num_rows, num_experts, -1))
-    return (gated * weights[:, 1:].unsqueeze(-1)).to(gated.dtype)
+    return gated.mul_(weights[:, 1:].unsqueeze(-1))
 
 
 def _active_experts(
     x: Tensor,
-    gate_up: tuple[Tensor, ...],
-    down: tuple[Tensor, ...],
+    gate_up: Sequence[Weight],
+    down: Sequence[Weight],
     topk_ids: Tensor,
     topk_weights: Tensor,
 ) -> Tensor:
@@ -151,8 +161,8 @@ def _active_experts(
 
 def _one_row(
     x: Tensor,
-    gate_up: tuple[Tensor, ...],
-    down: tuple[Tensor, ...],
+    gate_up: Sequence[Weight],
+    down: Sequence[Weight],
     topk_ids: Tensor,
     topk_weights: Tensor,
 ) -> Tensor:
@@ -169,8 +179,8 @@ def _one_row(
 
 def _experts_of(
     inputs: tuple[Tensor, ...],
-    gate_up: tuple[Tensor, ...],
-    down: tuple[Tensor, ...],
+    gate_up: Sequence[Weight],
+    down: Sequence[Weight],
     active: list[int],
 ) -> Tensor:
     """[N, H]: each active expert on its own rows. inputs: one [rows, H] an active expert."""
