@@ -26,7 +26,7 @@ Weight = PackedLinear | Tensor
 # With weights of at most this size, calls cost more than reading every expert.
 _SMALL_BYTES = 4 << 20
 # All experts for T rows are E/K times the arithmetic; beyond this many rows x E/K it shows.
-_ROWS_OF_ALL = 256
+_ROWS_OF_ALL = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
