@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--experts", nargs="+", default=EXPERTS, choices=EXPERTS, help="transformers' to run"
+    )
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,7 +73,7 @@ def compare(args: argparse.Namespace, batch: int) -> dict[str, object]:
     engines["isomoe"] = lambda: sum(
         len(out.token_ids) for out in llm.generate(prompts.tolist(), params)
     )
-    for experts in EXPERTS:
+    for experts in args.experts:
         engines[experts] = transformers_engine(args, prompts, experts)
     times: dict[str, list[float]] = {name: [] for name in engines}
     for round_ in range(args.rounds + 1):
@@ -86,7 +89,7 @@ def compare(args: argparse.Namespace, batch: int) -> dict[str, object]:
     speed = {
         name: batch * args.output_len / statistics.median(taken) for name, taken in times.items()
     }
-    best = max(EXPERTS, key=lambda name: speed[name])
+    best = max(args.experts, key=lambda name: speed[name])
     step_bytes = bytes_per_step(args.model_path, batch)
     steps_per_s = speed["isomoe"] / batch
     rates = ", ".join(f"{name} {rate:.0f} tok/s" for name, rate in speed.items())
