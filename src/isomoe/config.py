@@ -26,7 +26,7 @@ class DType(StrEnum):
 
 
 class Device(StrEnum):
-    """What the workers run on; AUTO is CUDA where there is one."""
+    """What the workers run on; AUTO is the CPU, and CUDA is refused until its kernels are there."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -46,7 +46,6 @@ class EngineConfig:
         context_length: the most tokens of a request, prompt and output; None takes the model's.
         max_running_requests: the most requests that run at once in each attention-DP group.
         max_total_tokens: tokens that each rank's KV cache holds; None sizes it by memory.
-        mem_fraction_static: share of a GPU's memory for weights and KV cache.
         page_size: tokens of a page of the KV cache.
         chunked_prefill_size: the most tokens of an attention-DP group in a step; longer prompts
             are prefilled in chunks.
@@ -65,7 +64,6 @@ class EngineConfig:
     context_length: int | None = None
     max_running_requests: int = 256
     max_total_tokens: int | None = None
-    mem_fraction_static: float = 0.88
     page_size: int = 16
     chunked_prefill_size: int = 2048
     random_seed: int = 0
@@ -85,10 +83,6 @@ class EngineConfig:
             raise ConfigError(
                 f"--max-total-tokens {self.max_total_tokens}: not even one page of "
                 f"--page-size {self.page_size}"
-            )
-        if not 0.0 < self.mem_fraction_static < 1.0:
-            raise ConfigError(
-                f"--mem-fraction-static {self.mem_fraction_static}: must lie between 0 and 1"
             )
         if self.random_seed < 0:
             raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")

@@ -121,3 +121,8 @@ def test_workers_import_neither_transformers_nor_tokenizers() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_gpu_is_refused_as_long_as_its_answers_are_wrong(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="GPUs are not supported yet.*--device cpu works"):
+        LLM(str(folder), device="cuda")

@@ -76,7 +76,8 @@ def test_diverging_schedules_are_named_instead_of_waited_for() -> None:
     subject = Subject.of("30b", CONFIGS["qwen3-30b-a3b"], Parallelism.parse("tp2,dp2"))
     _, finding = prove(subject, find_mutant("rank-decides"))
     assert finding is not None
-    assert "differ: all_to_all" in finding.message
+    assert "differ: " in finding.message
+    assert "all_to_all" in finding.message
 
 
 def test_equal_plans_are_proven_once_and_said_so() -> None:

@@ -125,7 +125,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         default=str(default.device),
         metavar="DEVICE",
-        help=f"{_listed(Device)} (default: auto, cuda where there is one)",
+        help=f"{_listed(Device)} (default: auto, which is cpu; cuda is refused as yet)",
     )
     group.add_argument(
         "--context-length",
@@ -145,13 +145,6 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens that each rank's KV cache holds (default: by memory)",
-    )
-    group.add_argument(
-        "--mem-fraction-static",
-        type=float,
-        default=default.mem_fraction_static,
-        metavar="F",
-        help="share of a GPU's memory for weights and KV cache (default: %(default)s)",
     )
     group.add_argument(
         "--page-size",
@@ -191,7 +184,6 @@ def engine_config_from(args: argparse.Namespace) -> EngineConfig:
         context_length=args.context_length,
         max_running_requests=args.max_running_requests,
         max_total_tokens=args.max_total_tokens,
-        mem_fraction_static=args.mem_fraction_static,
         page_size=args.page_size,
         chunked_prefill_size=args.chunked_prefill_size,
         random_seed=args.random_seed,

@@ -92,7 +92,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         default=str(default.device),
         metavar="DEVICE",
-        help=f"{', '.join(Device)} (default: auto, cuda where there is one)",
+        help=f"{', '.join(Device)} (default: auto, which is cpu; cuda is refused as yet)",
     )
     for flag, meaning in (
         ("--max-running-requests", "requests that run at once in each attention-DP group"),
@@ -226,7 +226,6 @@ def _conditions(args: argparse.Namespace, info: "ModelInfo") -> dict[str, object
         "machine": platform.machine(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "device": info.device,
-        "gpu": torch.cuda.get_device_name() if info.device == "cuda" else None,
         "dtype": info.dtype,
         "load_format": args.load_format,
         "max_tokens": args.max_tokens,

@@ -68,10 +68,8 @@ class Worker:
         self.config = config
         self.info = info
         self.dtype: torch.dtype = getattr(torch, info.dtype)
-        self.device = torch.device(f"cuda:{rank}" if info.device == "cuda" else "cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        self.wire_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        self.device = torch.device(info.device)
+        self.wire_dtype = torch.float32
         self.model = build(info.hf_config, config.parallelism, rank)
         self.instrument = load_instrument(config.instrument)
         chain = self.model.chain
@@ -98,11 +96,7 @@ class Worker:
 
     def available_bytes(self) -> int:
         """Memory that the KV cache may take."""
-        if self.device.type != "cuda":
-            return CPU_CACHE_BYTES
-        torch.cuda.synchronize(self.device)
-        free, total = torch.cuda.mem_get_info(self.device)
-        return int(free - (1 - self.config.mem_fraction_static) * total)
+        return CPU_CACHE_BYTES
 
     @torch.inference_mode()
     def allocate_cache(self, num_pages: int) -> None:
