@@ -124,5 +124,5 @@ def test_workers_import_neither_transformers_nor_tokenizers() -> None:
 
 
 def test_a_gpu_is_refused_as_long_as_its_answers_are_wrong(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="GPUs are not supported yet.*--device cpu works"):
+    with pytest.raises(ConfigError, match=r"GPUs are not supported yet.*--device cpu works"):
         LLM(str(folder), device="cuda")

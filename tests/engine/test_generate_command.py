@@ -103,7 +103,7 @@ def test_no_flags_are_the_defaults_and_sglangs_spellings_are_known() -> None:
         config = engine_config_from(parser.parse_args(words.split()))
         assert config.parallelism == Parallelism(tp_size=8, attn_dp_size=4, ep_size=8)
     with pytest.raises(ConfigError):
-        engine_config_from(parser.parse_args(["--mem-fraction-static", "1.5"]))
+        engine_config_from(parser.parse_args(["--page-size", "0"]))
 
 
 def test_help_is_there_without_torch() -> None:

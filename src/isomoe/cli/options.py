@@ -107,6 +107,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--model-path`, the layout, and how the engine runs."""
     add_model_option(parser)
     add_layout_options(parser)
+    add_runtime_options(parser)
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how the engine runs, whatever the layout."""
     default = EngineConfig()
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -169,15 +174,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def engine_config_from(args: argparse.Namespace) -> EngineConfig:
+def engine_config_from(args: argparse.Namespace, layout: Parallelism | None = None) -> EngineConfig:
     """The configuration that the flags say.
+
+    Args:
+        layout: where the flags of `add_layout_options` are not there.
 
     Raises:
         ConfigError: if a value is out of range, or the layout cannot be.
     """
     return EngineConfig(
         model_path=args.model_path,
-        parallelism=layout_from(args),
+        parallelism=layout or layout_from(args),
         load_format=choice(LoadFormat, args.load_format, "--load-format"),
         dtype=choice(DType, args.dtype, "--dtype"),
         device=choice(Device, args.device, "--device"),

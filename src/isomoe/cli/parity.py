@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from isomoe import __version__
-from isomoe.cli.options import add_model_option
+from isomoe.cli.options import add_model_option, add_runtime_options, engine_config_from
 from isomoe.cli.progress import progress_bar
-from isomoe.config import Device, DType, EngineConfig, LoadFormat, choice
+from isomoe.config import EngineConfig
 from isomoe.errors import ConfigError
+from isomoe.layout import Parallelism
 
 if TYPE_CHECKING:
     from isomoe.engine.model_info import ModelInfo
@@ -68,61 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-mean-delta", type=float, metavar="X", help="of the mean |delta logprob|"
     )
     limits.add_argument("--max-delta", type=float, metavar="X", help="of any one |delta logprob|")
-    _add_engine_options(parser)
+    add_runtime_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-
-
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Those of `add_engine_options` that are not about the layout, as far as they matter here."""
-    default = EngineConfig()
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--load-format",
-        default=str(default.load_format),
-        metavar="FORMAT",
-        help=f"{', '.join(LoadFormat)}: the checkpoint's weights, or random ones (default: auto)",
-    )
-    group.add_argument(
-        "--dtype",
-        default=str(default.dtype),
-        metavar="DTYPE",
-        help=f"{', '.join(DType)} (default: auto, the checkpoint's)",
-    )
-    group.add_argument(
-        "--device",
-        default=str(default.device),
-        metavar="DEVICE",
-        help=f"{', '.join(Device)} (default: auto, which is cpu; cuda is refused as yet)",
-    )
-    for flag, meaning in (
-        ("--max-running-requests", "requests that run at once in each attention-DP group"),
-        ("--page-size", "tokens of a page of the KV cache"),
-        ("--chunked-prefill-size", "the most tokens of an attention-DP group in a step"),
-        ("--random-seed", "of dummy weights and random prompts"),
-    ):
-        group.add_argument(
-            flag,
-            type=int,
-            default=getattr(default, flag[2:].replace("-", "_")),
-            metavar="N",
-            help=f"{meaning} (default: %(default)s)",
-        )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.max_tokens < 1:
         raise ConfigError(f"--max-tokens {args.max_tokens}: must be at least 1")
-    config = EngineConfig(
-        model_path=args.model_path,
-        load_format=choice(LoadFormat, args.load_format, "--load-format"),
-        dtype=choice(DType, args.dtype, "--dtype"),
-        device=choice(Device, args.device, "--device"),
-        max_running_requests=args.max_running_requests,
-        page_size=args.page_size,
-        chunked_prefill_size=args.chunked_prefill_size,
-        random_seed=args.random_seed,
-    )
+    config = engine_config_from(args, Parallelism())
     layouts = _layouts(args)
 
     from isomoe.engine.model_info import ModelInfo
