@@ -25,6 +25,8 @@ Weight = PackedLinear | Tensor
 
 # With weights of at most this size, calls cost more than reading every expert.
 _SMALL_BYTES = 4 << 20
+# Above this a layer's packed weights are kept once, for the *active* path alone.
+_JOINED_BYTES = 64 << 20
 # All experts for T rows are E/K times the arithmetic; beyond this many rows x E/K it shows.
 _ROWS_OF_ALL = 1024
 
@@ -33,17 +35,16 @@ _ROWS_OF_ALL = 1024
 class PackedExperts:
     """A rank's expert weights in the layouts that `packed_experts` reads, made by `pack_experts`.
 
-    Twice the memory of the plain weights, which the caller may then drop.
+    Up to `_JOINED_BYTES` of plain weights, twice their memory; beyond, no more than theirs. The
+    caller may then drop the plain ones.
     """
 
     gate_up: tuple[Weight, ...]
     """E of [2I, H], by `pack_linear`."""
     down: tuple[Weight, ...]
     """E of [H, I], by `pack_linear`."""
-    all_gate_up: Weight
-    """[E * 2I, H], by `pack_linear`."""
-    all_down: Weight
-    """[H, E * I], by `pack_linear`."""
+    joined: tuple[Weight, Weight] | None
+    """[E * 2I, H] and [H, E * I], by `pack_linear`; None where they would take too much memory."""
     weight_bytes: int
     """Of the plain weights."""
     small: bool
@@ -56,14 +57,18 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     gate_up: [E, 2I, H], gate first; down: [E, H, I].
     """
     hidden = gate_up.shape[2]
+    weight_bytes = (gate_up.numel() + down.numel()) * gate_up.element_size()
+    joined = None
+    if weight_bytes <= _JOINED_BYTES:
+        all_down = down.transpose(0, 1).reshape(hidden, -1)
+        joined = (pack_linear(gate_up.reshape(-1, hidden)), pack_linear(all_down))
     each = tuple(pack_linear(weight) for weight in gate_up.unbind())
     return PackedExperts(
         gate_up=each,
         down=tuple(pack_linear(weight) for weight in down.unbind()),
-        weight_bytes=(gate_up.numel() + down.numel()) * gate_up.element_size(),
+        weight_bytes=weight_bytes,
         small=all(isinstance(one, PackedLinear) and one.exact is not None for one in each),
-        all_gate_up=pack_linear(gate_up.reshape(-1, hidden)),
-        all_down=pack_linear(down.transpose(0, 1).reshape(hidden, -1)),
+        joined=joined,
     )
 
 
@@ -104,10 +109,12 @@ def packed_experts(
     if num_rows == 0:
         return x.new_zeros(x.shape, dtype=torch.float32)
     one_small_row = num_rows == 1 and experts.small
-    if not one_small_row and _takes_all(topk_ids, num_experts, experts.weight_bytes):
-        gated = linear(x, experts.all_gate_up)
+    takes_all = not one_small_row and _takes_all(topk_ids, num_experts, experts.weight_bytes)
+    if experts.joined is not None and takes_all:
+        all_gate_up, all_down = experts.joined
+        gated = linear(x, all_gate_up)
         gated = _weigh(gated, num_experts, topk_ids, topk_weights)
-        return linear(gated.view(num_rows, -1), experts.all_down).float()
+        return linear(gated.view(num_rows, -1), all_down).float()
     return _active_experts(x, experts.gate_up, experts.down, topk_ids, topk_weights)
 
 
