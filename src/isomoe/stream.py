@@ -107,6 +107,8 @@ class ResidualStream:
         for name, moves in self.plan.inner:
             if name == block:
                 return self._run(features, moves)
+        if block not in self.plan.kinds:
+            raise PlacementError(f"{block}: unknown to the plan")
         return features
 
     def _select(self, plan: ReadPlan, rows: LogitsRows) -> None:

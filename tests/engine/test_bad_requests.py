@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from isomoe.engine import LLM, SamplingParams
 from isomoe.errors import CheckpointError, ConfigError, EngineDeadError, IsomoeError, RequestError
@@ -126,3 +127,13 @@ def test_workers_import_neither_transformers_nor_tokenizers() -> None:
 def test_a_gpu_is_refused_as_long_as_its_answers_are_wrong(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"GPUs are not supported yet.*--device cpu works"):
         LLM(str(folder), device="cuda")
+
+
+def test_nan_is_an_error_and_not_an_answer(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with LLM(str(tmp_path), device="cpu", max_total_tokens=32, context_length=20) as llm:
+        with pytest.raises(EngineDeadError, match="logits are not finite"):
+            llm.generate([1, 2], SamplingParams(max_tokens=2))

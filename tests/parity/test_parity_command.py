@@ -10,7 +10,7 @@ import pytest
 
 from isomoe.errors import ConfigError
 from isomoe.parity import injectable, instrument_of
-from isomoe.prove import MUTANTS
+from isomoe.prove import MUTANTS, known_configs
 from support import save_random, tiny_config
 
 FEW = ("--random-prompts", "2", "--max-tokens", "5")
@@ -91,13 +91,17 @@ def test_wrong_use_is_one_line_and_exit_2(
 
 
 def test_an_instrument_is_named_for_every_defect_that_the_engine_can_run() -> None:
+    mixed = known_configs()["qwen3-moe-mixed"]
     for mutant in MUTANTS:
-        if mutant.name in injectable():
-            assert mutant.runs_in_engine
-            assert instrument_of(mutant.name).endswith(mutant.name.replace("-", "_"))
+        if mutant.name not in injectable():
+            with pytest.raises(ConfigError, match="the engine can run"):
+                instrument_of(mutant.name, mixed)
+        elif "shared" in mutant.name:
+            with pytest.raises(ConfigError, match="has no block of the kind"):
+                instrument_of(mutant.name, mixed)
         else:
-            with pytest.raises(ConfigError, match="isomoe prove --mutant"):
-                instrument_of(mutant.name)
+            assert mutant.runs_in_engine
+            assert instrument_of(mutant.name, mixed).endswith(mutant.name.replace("-", "_"))
 
 
 def test_an_engine_that_dies_is_a_row_that_differs(

@@ -6,17 +6,38 @@ unasked.
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from isomoe.blocks import SparseMoe
 from isomoe.cli.main import main
 from isomoe.layout import Parallelism
+from isomoe.models.qwen3_moe import Qwen3Moe
 from isomoe.prove import MUTANTS, Mutant, find_mutant, known_configs, prove_models
 from isomoe.prove.runner import Subject, prove
 
 CONFIGS = known_configs()
 SMALL = {"qwen3-moe-mixed": CONFIGS["qwen3-moe-mixed"]}
+
+
+Command = Callable[..., tuple[int, Any, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `isomoe prove ... --json`: exit code, document, what went to stderr."""
+
+    def run(*words: str) -> tuple[int, Any, str]:
+        try:
+            code = main(["prove", *words, "--json"])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, errors = capsys.readouterr()
+        return code, json.loads(out) if out else None, errors
+
+    return run
 
 
 def test_every_shipped_model_holds_on_every_layout_of_up_to_4_ranks() -> None:
@@ -89,29 +110,53 @@ def test_equal_plans_are_proven_once_and_said_so() -> None:
     assert (again.steps, again.proven_as_equal) == (0, again.regimes)
 
 
+def test_a_model_that_shards_otherwise_is_not_taken_for_one_that_is_proven(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = CONFIGS["qwen3-30b-a3b"]
+    layout = Parallelism.parse("tp2")
+    proven: set[object] = set()
+    prove(Subject.of("right", config, layout), None, proven)
+    experts = Qwen3Moe.experts
+
+    def unsharded(self: Qwen3Moe, at: str) -> SparseMoe:
+        block = experts(self, at)
+        block.experts.width = (0, block.experts.intermediate_size)
+        return block
+
+    monkeypatch.setattr(Qwen3Moe, "experts", unsharded)
+    _, finding = prove(Subject.of("wrong", config, layout), None, proven)
+    assert finding is not None
+    assert finding.counts["model.layers.0.mlp.experts"] == (12288, 6144)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' is 0, not a count"),
+        ({"num_key_value_heads": 0}, "'num_key_value_heads' is 0, not a count"),
+        ({"num_attention_heads": None}, "'num_attention_heads' is None, not a count"),
+        ({"decoder_sparse_step": 0}, "'decoder_sparse_step' is 0, not a count"),
+        ({"num_experts_per_tok": 999}, "999 experts a token of 128"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints"),
+    ],
+)
+def test_a_model_that_fits_no_layout_is_refused_and_not_vacuously_proven(
+    command: Command, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIGS["qwen3-30b-a3b"], **change}))
+    code, report, errors = command("--max-ranks", "2", "--model-path", str(file))
+    assert (code, report) == (2, None)
+    assert said in errors
+
+
 def test_in_more_than_one_process_the_counts_are_the_same() -> None:
     one = prove_models(SMALL, 6, processes=1)
     two = prove_models(SMALL, 6, processes=2)
     assert one.finding is None
     assert one.stats == two.stats
-
-
-Command = Callable[..., tuple[int, Any, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `isomoe prove ... --json`: exit code, document, what went to stderr."""
-
-    def run(*words: str) -> tuple[int, Any, str]:
-        try:
-            code = main(["prove", *words, "--json"])
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        out, errors = capsys.readouterr()
-        return code, json.loads(out) if out else None, errors
-
-    return run
 
 
 def test_the_command_ends_with_zero_when_it_holds_and_one_when_it_does_not(

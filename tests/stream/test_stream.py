@@ -332,7 +332,8 @@ def test_collect_joins_features_and_trades_them_for_rows() -> None:
             stream.read(norm, "last", rows=selected)
             part = everything[:, rank * 2 : rank * 2 + 2]
             assert torch.equal(stream.collect("head", part), everything[mine])
-            assert stream.collect("another", part) is part
+            with pytest.raises(PlacementError, match="another: unknown to the plan"):
+                stream.collect("another", part)
 
         SimWorld(mesh).run(rank_main)
 

@@ -109,6 +109,9 @@ class Counting:
             def get_shape(self) -> Any:
                 return stored.get_shape()
 
+            def get_dtype(self) -> Any:
+                return stored.get_dtype()
+
             def __getitem__(self, index: Any) -> Tensor:
                 part: Tensor = stored[index]
                 counting.read[name] += part.numel()
@@ -354,3 +357,11 @@ def test_a_hub_id_without_network_is_refused_in_one_line(
     assert str(refused.value) == (
         "--model-path Some/Model: no such folder, and not to be had from the hub (no network)"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_numbers_are_not_taken_for_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2, 2).to(dtype)}, tmp_path / "model.safetensors")
+    wanted = WeightSlice("w", (2, 2), (slice(None), slice(None)), torch.zeros(2, 2))
+    with pytest.raises(CheckpointError, match=r"w is (I8|F8_E4M3), and BF16, F16, F32 can be read"):
+        load_safetensors(tmp_path, [wanted], lambda name: False)

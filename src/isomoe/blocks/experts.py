@@ -10,6 +10,7 @@ from isomoe.blocks.batch import Batch
 from isomoe.blocks.block import Block, rowwise_variants
 from isomoe.blocks.leaf import Leaf, WeightSlice
 from isomoe.blocks.linear import Router
+from isomoe.errors import ConfigError
 from isomoe.kernels import (
     PackedExperts,
     fused_experts,
@@ -107,6 +108,8 @@ class SparseMoe(Block):
         top_k: int,
         renormalize: bool,
     ) -> None:
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"{name}: {top_k} experts a token of {num_experts} cannot be")
         mesh = seat.mesh
         self.num_experts = num_experts
         self.top_k = top_k

@@ -60,13 +60,16 @@ def run(args: argparse.Namespace) -> int:
     task = find_task(args.task)
     _check(args)
     config = engine_config_from(args)
-    if args.inject is not None:
-        from isomoe.parity import instrument_of
-
-        config = replace(config, instrument=instrument_of(args.inject))
     from isomoe.weights import resolve
 
-    problems, fewshot, source = _problems(args, task, resolve(args.model_path))
+    folder = resolve(args.model_path)
+    if args.inject is not None:
+        from isomoe.models import read_config
+        from isomoe.parity import instrument_of
+
+        planted = instrument_of(args.inject, read_config(folder))
+        config = replace(config, instrument=planted)
+    problems, fewshot, source = _problems(args, task, folder)
 
     from isomoe.engine import LLM
     from isomoe.eval.run import evaluate

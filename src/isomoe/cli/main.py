@@ -22,6 +22,7 @@ COMMANDS = {
 `add_arguments(parser)` and `run(args) -> int`."""
 
 EXIT_WRONG_USE = 2
+EXIT_DEFECT = 70
 EXIT_INTERRUPTED = 130
 
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Returns:
-        0 if it holds, 1 if it does not, 2 for wrong use, 130 for Ctrl-C.
+        0 if it holds, 1 if it does not, 2 for wrong use, 70 for a defect of ours, 130 for Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -52,6 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`| head`). Keep the interpreter from flushing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_WRONG_USE
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        print(
+            f"isomoe: defect of ours: {type(error).__name__}: {error} "
+            "(python -X dev -m isomoe.cli.main shows where)",
+            file=sys.stderr,
+        )
+        return EXIT_DEFECT
 
 
 def _run(words: list[str]) -> int:

@@ -10,8 +10,9 @@ from rich.console import Console
 from isomoe.cli.options import add_model_option
 from isomoe.cli.progress import progress_bar
 from isomoe.errors import ConfigError
+from isomoe.layout import Parallelism
 from isomoe.layout.parallelism import MAX_RANKS
-from isomoe.models import HFConfig, family_of, read_config
+from isomoe.models import HFConfig, build, read_config
 from isomoe.prove import MUTANTS, Report, expressible, find_mutant, known_configs, prove_models
 from isomoe.weights import bundled_checkpoint, resolve
 
@@ -71,7 +72,7 @@ def _configs(args: argparse.Namespace) -> dict[str, HFConfig]:
         return {bundled_checkpoint().name: read_config(bundled_checkpoint()), **known_configs()}
     path = resolve(args.model_path, weights=False)
     config = read_config(path)
-    family_of(config)
+    build(config, Parallelism())  # refuses what fits no layout at all
     return {args.model_path or path.name: config}
 
 

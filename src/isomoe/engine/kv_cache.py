@@ -69,7 +69,6 @@ def num_cache_pages(
     if fitting < 1:
         raise ConfigError(
             f"{max(available_bytes, 0)} bytes are left for the KV cache, one page of --page-size "
-            f"{page_size} takes {bytes_per_page}; more ranks, a smaller page, or on a GPU a larger "
-            "--mem-fraction-static would help"
+            f"{page_size} takes {bytes_per_page}; more ranks or a smaller page would help"
         )
     return min(useful, fitting)

@@ -9,6 +9,7 @@ from torch import Tensor
 from isomoe.comm import Communicator
 from isomoe.engine.outputs import TokenLogprob
 from isomoe.engine.step import GroupOutput, Request
+from isomoe.errors import EngineDeadError
 from isomoe.kernels import RowSampling, logprobs, sample, top_logprobs
 
 _SCORED_ROWS = 256
@@ -69,11 +70,13 @@ class Sampler:
         return output if self._first else None
 
     def _draw(self, logits: Tensor, drawing: list[Draw]) -> Tensor:
-        if not self._first:
-            ids = torch.empty(len(drawing), dtype=torch.int64, device=logits.device)
-        elif all(draw.request.params.temperature == 0.0 for draw in drawing):
-            ids = logits.float().argmax(dim=-1)  # slow in bf16 on CPUs
+        if self._first:
+            best, ids = logits.float().max(dim=-1)  # slow in bf16 on CPUs
+            if not bool(best.isfinite().all()):
+                raise EngineDeadError("logits are not finite: do the weights hold NaN?")
         else:
+            ids = torch.empty(len(drawing), dtype=torch.int64, device=logits.device)
+        if self._first and any(draw.request.params.temperature for draw in drawing):
             ids = sample(logits, [_row_sampling(draw) for draw in drawing])
         return self._comm.broadcast(ids, self._attn_tp) if self._attn_tp else ids
 

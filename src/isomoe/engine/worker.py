@@ -95,7 +95,7 @@ class Worker:
         self._rows: tuple[StepShape, TokenRows, LogitsRows] | None = None
 
     def available_bytes(self) -> int:
-        """Memory that the KV cache may take."""
+        """Memory that the KV cache may take by default: a budget, not a measurement."""
         return CPU_CACHE_BYTES
 
     @torch.inference_mode()

@@ -17,8 +17,11 @@ from isomoe.blocks import (
     RMSNorm,
     WeightSlice,
 )
+from isomoe.errors import ConfigError
 from isomoe.layout import Chain, Mesh, Parallelism, ReadSpec, Seat
 from isomoe.stream import ResidualStream
+
+_COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 HFConfig = Mapping[str, Any]
 """A checkpoint's config.json."""
@@ -58,6 +61,9 @@ class CausalLM(ABC):
     def __init__(self, config: HFConfig, seat: Seat, layers: Iterable[int] | None = None) -> None:
         self.config = config
         self.seat = seat
+        for key in _COUNTS:
+            if type(config[key]) is not int or config[key] < 1:
+                raise ConfigError(f"config.json: {key!r} is {config[key]!r}, not a count")
         self.prepare()
         wanted = range(self.num_layers(config)) if layers is None else layers
         vocab_size, hidden_size = config["vocab_size"], config["hidden_size"]
@@ -83,7 +89,10 @@ class CausalLM(ABC):
     @classmethod
     def kv_heads(cls, config: HFConfig) -> tuple[int, ...]:
         """The numbers of KV heads that occur in the model."""
-        return (int(config["num_key_value_heads"]),)
+        heads = config["num_key_value_heads"]
+        if type(heads) is not int or heads < 1:
+            raise ConfigError(f"config.json: 'num_key_value_heads' is {heads!r}, not a count")
+        return (heads,)
 
     @classmethod
     def num_layers(cls, config: HFConfig) -> int:

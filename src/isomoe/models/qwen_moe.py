@@ -11,6 +11,8 @@ class QwenMoe(CausalLM):
     """Grouped-query attention with full rope; softmax top-k experts; dense layers in between."""
 
     def prepare(self) -> None:
+        if self.config.get("quantization_config"):
+            raise ConfigError("config.json: quantized checkpoints are not supported yet")
         for key, default in (("hidden_act", "silu"), ("use_sliding_window", False)):
             if self.config.get(key, default) != default:
                 raise ConfigError(
@@ -27,7 +29,10 @@ class QwenMoe(CausalLM):
         """Whether layer `index` has experts."""
         if num_experts(config) == 0 or index in (config.get("mlp_only_layers") or ()):
             return False
-        return (index + 1) % int(config.get("decoder_sparse_step", 1)) == 0
+        step = config.get("decoder_sparse_step", 1)
+        if type(step) is not int or step < 1:
+            raise ConfigError(f"config.json: 'decoder_sparse_step' is {step!r}, not a count")
+        return (index + 1) % step == 0
 
     @classmethod
     def sorts(cls, config: HFConfig) -> list[object]:

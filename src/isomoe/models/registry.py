@@ -39,7 +39,12 @@ def family_of(config: HFConfig) -> type[CausalLM]:
     Raises:
         ConfigError: if its architecture is unknown; lists the known ones.
     """
-    names = config.get("architectures") or [f"(none; model_type {config.get('model_type')!r})"]
+    named = config.get("architectures")
+    names = (
+        [named]
+        if isinstance(named, str)
+        else named or [f"(none; model_type {config.get('model_type')!r})"]
+    )
     for family in FAMILIES:
         if set(family.architectures) & set(names):
             return family
@@ -56,6 +61,11 @@ def build(
         ConfigError: if the layout does not fit; names the nearest sizes that do.
     """
     family = family_of(config)
+    if parallelism.moe_dense_tp_size is not None and False not in family.sorts(config):
+        raise ConfigError(
+            f"--moe-dense-tp-size {parallelism.moe_dense_tp_size}: the model has no dense FFN; "
+            "without the flag it works"
+        )
     try:
         mesh = _mesh(family, config, parallelism)
         return family(config, Seat(mesh, rank), layers)
@@ -71,6 +81,8 @@ def fits(family: type[CausalLM], config: HFConfig, parallelism: Parallelism) -> 
         family(config, Seat(_mesh(family, config, parallelism), 0), representative(family, config))
     except (ConfigError, PlacementError):
         return False
+    except KeyError as error:
+        raise ConfigError(f"config.json: {error.args[0]!r} is missing") from None
     return True
 
 

@@ -43,7 +43,7 @@ class EngineTarget(Target):
         if layout.endswith("+"):
             raise ConfigError(f"layout {layout!r}: the name of a defect is missing after the '+'")
         parallelism = Parallelism.parse(shorthand)
-        instrument = instrument_of(self.defect) if self.defect else None
+        instrument = instrument_of(self.defect, info.hf_config) if self.defect else None
         # What can be refused is refused before any layout runs.
         make_plan(build(info.hf_config, parallelism).chain, MACHINES[info.device])
         self.name = f"{parallelism}+{self.defect}" if self.defect else str(parallelism)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import cast
 
 import torch
 
-from isomoe.blocks import Batch
+from isomoe.blocks import Batch, Block, ExpertWeights, RowLinear, SparseMoe
 from isomoe.comm import Communicator, SimWorld
 from isomoe.errors import IsomoeError, PlacementError
 from isomoe.kernels import AttentionBatch
@@ -132,10 +133,10 @@ def prove(
     except PlacementError as error:
         return stats, _refused(subject, error)
     world: _World | None = None
+    same = _surroundings(subject)
     for regime in (regime for plan in plans for regime in plan.regimes):
         stats.regimes += 1
-        body, tail = regime.signature
-        same = _surroundings(subject, regime)
+        body, tail = (regime.regime.equal, regime.signature[0]), regime.signature[1]
         if (same, body, tail) in seen:
             stats.proven_as_equal += 1
             continue
@@ -151,18 +152,36 @@ def prove(
     return stats, None
 
 
-def _surroundings(subject: Subject, regime: RegimePlan) -> object:
-    """Equal for regimes that run the same blocks and expert maps on the same mesh."""
-    config = subject.config
-    routed = [config.get(k) for k in ("num_experts", "num_local_experts", "num_experts_per_tok")]
+def _surroundings(subject: Subject) -> object:
+    """Equal for subjects whose ranks hold the same shares of the same blocks on the same mesh.
+
+    Sizes enter as shares of the whole, so that models which differ in width alone are equal.
+    """
+    last = subject.layout.tp_size - 1
+    models = (subject.build(0), subject.build(last))
     return (
-        regime.mesh.axes,
+        type(models[0]),
+        models[0].seat.mesh.axes,
         replace(subject.layout, enable_dp_lm_head=False),
-        tuple(regime.kinds.values()),
-        tuple(routed),
-        bool(config.get("attention_bias")),
-        regime.regime.equal,
+        tuple(tuple(_share(block) for block in model.blocks()) for model in models),
     )
+
+
+def _share(block: Block) -> tuple[object, ...]:
+    """What of a block a rank holds."""
+    held: list[object] = [type(block), block.spec.kind]
+    for leaf in block.leaves():
+        held.append(type(leaf))
+        match leaf:
+            case RowLinear():
+                held += [Fraction(column, leaf.in_features) for column in leaf.columns]
+                held += [leaf.has_bias, leaf.bias_here]
+            case ExpertWeights():
+                held += [Fraction(column, leaf.intermediate_size) for column in leaf.width]
+                held += [leaf.owned, leaf.num_experts]
+    if isinstance(block, SparseMoe):
+        held += [block.owned, block.top_k, block.renormalize]
+    return tuple(held)
 
 
 class _World:

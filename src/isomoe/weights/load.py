@@ -19,6 +19,7 @@ Progress = Callable[[int, int], None]
 
 _INDEX = "model.safetensors.index.json"
 _LISTED = 8
+_FLOATS = ("BF16", "F16", "F32")
 DUMMY_STD = 0.02
 """Standard deviation of dummy weights, as models of these families are initialised."""
 
@@ -122,6 +123,8 @@ def _fill(tensors: Any, name: str, pieces: list[WeightSlice]) -> list[str]:
         return [f"missing {name} (the index names a file that lacks it)"]
     stored = tensors.get_slice(name)
     shape = tuple(stored.get_shape())
+    if stored.get_dtype() not in _FLOATS:
+        return [f"{name} is {stored.get_dtype()}, and {', '.join(_FLOATS)} can be read"]
     for piece in pieces:
         if shape != piece.shape:
             return [f"{name} is {list(shape)}, the config says {list(piece.shape)}"]

@@ -39,7 +39,8 @@ def resolve(model_path: str | None, weights: bool = True) -> Path:
             raise CheckpointError(f"--model-path {model_path}: a folder is needed, this is a file")
         return path
     if not _HUB_ID.fullmatch(model_path):
-        raise CheckpointError(f"--model-path {model_path}: no such folder")
+        what = "folder" if weights else "folder or file"
+        raise CheckpointError(f"--model-path {model_path}: no such {what}")
     return _from_hub(model_path, weights)
 
 
