@@ -134,6 +134,6 @@ def test_nan_is_an_error_and_not_an_answer(folder: Path, tmp_path: Path) -> None
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with LLM(str(tmp_path), device="cpu", max_total_tokens=32, context_length=20) as llm:
-        with pytest.raises(EngineDeadError, match="logits are not finite"):
-            llm.generate([1, 2], SamplingParams(max_tokens=2))
+    llm = LLM(str(tmp_path), device="cpu", max_total_tokens=32, context_length=20)
+    with llm, pytest.raises(EngineDeadError, match="logits are not finite"):
+        llm.generate([1, 2], SamplingParams(max_tokens=2))
