@@ -14,8 +14,9 @@ class Communicator(ABC):
 
     Every method is called by all ranks of the group over `axes`, in the same order, and works on
     dim 0. `counts` are the rows of each member in rank order; they may differ, and may be zero.
-    Results are new tensors or views of new tensors; inputs are not changed. Sums are made in rank
-    order, so that all members of a group hold the same bits.
+    Results are new tensors or views of new tensors; inputs are not changed. All
+    members of a group hold the same bits of a sum; over Gloo and in SimWorld it is made in rank
+    order, NCCL picks its own.
     """
 
     def __init__(self, seat: Seat) -> None:

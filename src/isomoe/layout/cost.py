@@ -66,7 +66,7 @@ GLOO = Machine(
     slice_us=0.5,
     wire_bytes=4,
 )
-"""Gloo between processes of one host; see `benchmarks/comm.py` for the measurement."""
+"""Gloo between processes of one host: rounded from the readings in docs/benchmarks.md."""
 
 MACHINES = {"cuda": H100, "cpu": GLOO}
 

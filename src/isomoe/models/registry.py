@@ -1,12 +1,12 @@
 """From a config.json to a model class, and the layouts that fit it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from isomoe.errors import ConfigError, PlacementError
-from isomoe.layout import Mesh, Parallelism, Seat
+from isomoe.layout import Parallelism, Seat
 from isomoe.layout.parallelism import MAX_RANKS, divisors
 from isomoe.models.causal_lm import CausalLM, HFConfig
 from isomoe.models.qwen2_moe import Qwen2Moe
@@ -67,7 +67,7 @@ def build(
             "without the flag it works"
         )
     try:
-        mesh = _mesh(family, config, parallelism)
+        mesh = family.mesh(config, parallelism)
         return family(config, Seat(mesh, rank), layers)
     except KeyError as error:
         raise ConfigError(f"config.json: {error.args[0]!r} is missing") from None
@@ -78,7 +78,7 @@ def build(
 def fits(family: type[CausalLM], config: HFConfig, parallelism: Parallelism) -> bool:
     """Whether the model can be laid out so."""
     try:
-        family(config, Seat(_mesh(family, config, parallelism), 0), representative(family, config))
+        family(config, Seat(family.mesh(config, parallelism), 0), representative(family, config))
     except (ConfigError, PlacementError):
         return False
     except KeyError as error:
@@ -124,10 +124,6 @@ def layouts(
                         )
                         if fits(family, config, layout):
                             yield layout
-
-
-def _mesh(family: type[CausalLM], config: Mapping[str, Any], parallelism: Parallelism) -> Mesh:
-    return family.mesh(config, parallelism)
 
 
 def _advice(family: type[CausalLM], config: HFConfig, wrong: Parallelism) -> str:
