@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(model.chain, MACHINES[args.device], _wanted(model.chain.mesh, args.rows))
     name = args.model_path or path.name
     if args.json:
-        print(json.dumps(_document(name, plan)))
+        print(json.dumps({"model": name, **plan.to_json()}))
     else:
         _print(name, plan, merge=args.rows is None)
     return 0
@@ -61,17 +61,6 @@ def _wanted(mesh: Mesh, rows: int | None) -> list[Regime]:
     if rows is None:
         return regimes(mesh)
     return regimes(mesh, buckets=(rows,))
-
-
-def _document(name: str, plan: Plan) -> dict[str, object]:
-    return {
-        "model": name,
-        "world": plan.mesh.size,
-        "layout": str(plan.mesh.parallelism),
-        "machine": plan.machine.name,
-        "mesh": plan.mesh.to_json(),
-        "regimes": [regime.to_json() for regime in plan.regimes],
-    }
 
 
 def _print(name: str, plan: Plan, merge: bool) -> None:

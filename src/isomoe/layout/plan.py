@@ -228,6 +228,16 @@ class Plan:
                 return index
         return fitting[-1][0]
 
+    def to_json(self) -> dict[str, object]:
+        """The whole plan as `isomoe plan --json` prints it."""
+        return {
+            "world": self.mesh.size,
+            "layout": str(self.mesh.parallelism),
+            "machine": self.machine.name,
+            "mesh": self.mesh.to_json(),
+            "regimes": [regime.to_json() for regime in self.regimes],
+        }
+
     def runs(self) -> set[tuple[int, ...]]:
         """Every run of axes that some move uses and communicates over."""
         return {move.axes for plan in self.regimes for move in plan.moves()}
