@@ -47,8 +47,13 @@ class EngineConfig:
         max_running_requests: the most requests that run at once in each attention-DP group.
         max_total_tokens: tokens that each rank's KV cache holds; None sizes it by memory.
         page_size: tokens of a page of the KV cache.
-        chunked_prefill_size: the most tokens of an attention-DP group in a step; longer prompts
-            are prefilled in chunks.
+        chunked_prefill_size: the most tokens of one prompt in a step; longer ones are prefilled
+            in chunks.
+        max_prefill_tokens: the most prompt tokens of an attention-DP group in a step; None is
+            `chunked_prefill_size`.
+        disable_radix_cache: compute every prompt in full, instead of looking for a prefix in the
+            KV cache.
+        watchdog_timeout_seconds: how long a step may take before its silent workers count as dead.
         random_seed: of dummy weights, and of sampling where a request brings no seed.
         instrument: `package.module:attribute` of an `engine.Instrument`, or None.
 
@@ -66,6 +71,9 @@ class EngineConfig:
     max_total_tokens: int | None = None
     page_size: int = 16
     chunked_prefill_size: int = 2048
+    max_prefill_tokens: int | None = None
+    disable_radix_cache: bool = False
+    watchdog_timeout_seconds: float = 300.0
     random_seed: int = 0
     instrument: str | None = None
 
@@ -76,6 +84,7 @@ class EngineConfig:
             ("--max-total-tokens", self.max_total_tokens),
             ("--page-size", self.page_size),
             ("--chunked-prefill-size", self.chunked_prefill_size),
+            ("--max-prefill-tokens", self.max_prefill_tokens),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value}: must be at least 1")
@@ -83,6 +92,11 @@ class EngineConfig:
             raise ConfigError(
                 f"--max-total-tokens {self.max_total_tokens}: not even one page of "
                 f"--page-size {self.page_size}"
+            )
+        if not 0 < self.watchdog_timeout_seconds < float("inf"):
+            raise ConfigError(
+                f"--watchdog-timeout-seconds {self.watchdog_timeout_seconds}: must be above 0 "
+                "and finite"
             )
         if self.random_seed < 0:
             raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")

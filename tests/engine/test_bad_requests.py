@@ -46,6 +46,10 @@ def test_other_bad_requests(llm: LLM, folder: Path) -> None:
         llm.generate([1], SamplingParams(stop=("x",)))
     with pytest.raises(RequestError, match="stop_token_ids hold 500"):
         llm.generate([1], SamplingParams(stop_token_ids=(500,)))
+    with pytest.raises(RequestError, match="logit_bias hold 131; the vocabulary is 0 to 130"):
+        llm.generate([1], SamplingParams(logit_bias=((131, 1.0),)))
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        llm.generate([1], SamplingParams(regex="a"))
     with (
         LLM(str(folder), device="cpu", max_total_tokens=32) as small,
         pytest.raises(RequestError, match=r"need 4 pages of 16 tokens, the KV cache has 2"),
@@ -72,12 +76,58 @@ def test_other_bad_requests(llm: LLM, folder: Path) -> None:
         {"stop": "text"},
         {"stop": ("x",), "detokenize": False},
         {"seed": 0.5},
+        {"seed": 2**63},
+        {"max_tokens": 10**30},
+        {"max_tokens": None},
+        {"top_k": None},
+        {"temperature": 10**400},
+        {"temperature": 10**5000},
+        {"stop": 5},
+        {"stop": (5,)},
+        {"stop": ("\ud800",)},
+        {"stop_token_ids": (-1,)},
+        {"stop_token_ids": (True,)},
+        {"stop_token_ids": "12"},
+        {"ignore_eos": 1},
+        {"detokenize": None},
+        {"presence_penalty": 2.1},
+        {"presence_penalty": float("nan")},
+        {"presence_penalty": True},
+        {"frequency_penalty": -2.1},
+        {"frequency_penalty": "1"},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"repetition_penalty": None},
+        {"logit_bias": ((1, 100.5),)},
+        {"logit_bias": ((1, float("nan")),)},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((1, True),)},
+        {"logit_bias": ((1.0, 1.0),)},
+        {"logit_bias": (1, 2)},
+        {"logit_bias": {"1": 1.0}},
+        {"logit_bias": 1},
+        {"min_tokens": -1},
+        {"min_tokens": 17},
+        {"min_tokens": True},
+        {"prompt_logprobs_start": -1, "prompt_logprobs": 0},
+        {"prompt_logprobs_start": 1},
+        {"json_schema": {"type": "object"}},
+        {"json_schema": ""},
+        {"json_schema": "{"},
+        {"json_schema": "[1]"},
+        {"json_schema": "1"},
+        {"json_schema": '{"const": "\ud800"}'},
+        {"json_schema": " " * 200_000 + "{}"},
+        {"json_schema": "{}", "regex": "a"},
+        {"regex": 5},
+        {"regex": "a" * 200_000},
     ],
 )
 def test_bad_sampling_params_name_the_parameter(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"^{next(iter(wrong))} ") as caught:
         SamplingParams(**wrong)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(

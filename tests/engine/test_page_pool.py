@@ -29,9 +29,9 @@ def test_released_pages_are_used_again_first() -> None:
 def test_the_check_sees_a_page_held_twice() -> None:
     pool = PagePool(4)
     pages = pool.allocate(2)
-    pool.check([pages])
+    pool.check(pages)
     with pytest.raises(AssertionError):
-        pool.check([pages, pages])
+        pool.check([*pages, *pages])
     with pytest.raises(AssertionError):
         pool.check([])
 

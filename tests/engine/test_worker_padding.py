@@ -6,7 +6,7 @@ from isomoe.config import Device, EngineConfig
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.outputs import TokenLogprob
 from isomoe.engine.sampling_params import SamplingParams
-from isomoe.engine.step import GroupOutput, GroupStep, Joined, Request, StepShape
+from isomoe.engine.step import GroupOutput, GroupStep, Joined, Request, Schedule, StepShape
 from isomoe.engine.worker import Worker
 
 
@@ -21,18 +21,23 @@ def outputs(folder: Path, padding: int) -> list[GroupOutput | None]:
         for index, prompt in enumerate([(1, 2, 3), (4, 5)])
     ]
     prefill = GroupStep(
-        joined=tuple(Joined(request=one, pages=(one.request_id,)) for one in requests),
-        request_ids=(0, 1),
-        num_tokens=(3, 2),
-        num_logits=(3, 2),
-        samples=(True, True),
+        joined=tuple(
+            Joined(request=one, output_ids=(), pages=(one.request_id,), computed=0)
+            for one in requests
+        ),
+        schedule=Schedule(
+            request_ids=(0, 1), num_tokens=(3, 2), num_logits=(3, 2), samples=(True, True)
+        ),
     )
     decode = GroupStep(
-        request_ids=(1, 0), num_tokens=(1, 1), num_logits=(1, 1), samples=(True, True)
+        schedule=Schedule(
+            request_ids=(1, 0), num_tokens=(1, 1), num_logits=(1, 1), samples=(True, True)
+        )
     )
     found = []
     for group in (prefill, decode):
-        rows = sum(group.num_tokens)
+        assert group.schedule is not None
+        rows = sum(group.schedule.num_tokens)
         shape = StepShape(
             rows=(rows,),
             padded=(rows + padding,) if padding else None,

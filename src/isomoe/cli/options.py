@@ -163,7 +163,26 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=default.chunked_prefill_size,
         metavar="N",
-        help="the most tokens of an attention-DP group in a step (default: %(default)s)",
+        help="the most tokens of one prompt in a step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-prefill-tokens",
+        type=int,
+        metavar="N",
+        help="the most prompt tokens of an attention-DP group in a step "
+        "(default: --chunked-prefill-size)",
+    )
+    group.add_argument(
+        "--disable-radix-cache",
+        action="store_true",
+        help="compute every prompt in full instead of looking for its prefix in the KV cache",
+    )
+    group.add_argument(
+        "--watchdog-timeout-seconds",
+        type=float,
+        default=default.watchdog_timeout_seconds,
+        metavar="S",
+        help="a worker that is silent for so long in a step counts as dead (default: %(default)g)",
     )
     group.add_argument(
         "--random-seed",
@@ -194,6 +213,9 @@ def engine_config_from(args: argparse.Namespace, layout: Parallelism | None = No
         max_total_tokens=args.max_total_tokens,
         page_size=args.page_size,
         chunked_prefill_size=args.chunked_prefill_size,
+        max_prefill_tokens=args.max_prefill_tokens,
+        disable_radix_cache=args.disable_radix_cache,
+        watchdog_timeout_seconds=args.watchdog_timeout_seconds,
         random_seed=args.random_seed,
     )
 

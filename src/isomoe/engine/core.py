@@ -1,37 +1,17 @@
 """The engine core: requests in, steps, tokens out."""
 
-from dataclasses import dataclass, field
-
 import torch
 
 from isomoe.config import EngineConfig
 from isomoe.engine.executor import Executor, LocalExecutor, Progress
 from isomoe.engine.kv_cache import num_cache_pages
 from isomoe.engine.model_info import ModelInfo
-from isomoe.engine.outputs import FinishReason, TokenLogprob
+from isomoe.engine.outputs import Update
 from isomoe.engine.processes import ProcessExecutor
 from isomoe.engine.scheduler import Limits, Scheduler
-from isomoe.engine.step import GroupOutput, Request
+from isomoe.engine.step import GroupOutput, Request, Schedule, Step
 from isomoe.layout import MACHINES, make_plan
 from isomoe.models import CausalLM, build
-
-
-@dataclass(slots=True)
-class Update:
-    """What a step brought one request.
-
-    Attributes:
-        token_id: the new token, None where the step brought prompt logprobs alone.
-        finish_reason: None if it goes on.
-        logprob: the new token's, if asked for.
-        prompt_logprobs: those of further prompt tokens, if asked for.
-    """
-
-    request_id: int
-    token_id: int | None = None
-    finish_reason: FinishReason | None = None
-    logprob: TokenLogprob | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class EngineCore:
@@ -41,6 +21,9 @@ class EngineCore:
 
     Args:
         progress: told how the weights come in.
+
+    Attributes:
+        last_step: what `step` ran last.
 
     Raises:
         ConfigError: if the settings fit neither one another nor the model.
@@ -54,6 +37,7 @@ class EngineCore:
         model = build(self.info.hf_config, config.parallelism)
         self.plan = make_plan(model.chain, MACHINES[self.info.device])
         kind = LocalExecutor if config.parallelism.tp_size == 1 else ProcessExecutor
+        self.last_step: Step | None = None
         self.executor: Executor = kind(config, self.info, progress)
         try:
             self.scheduler = Scheduler(self._limits(model), self.plan.choose)
@@ -79,22 +63,25 @@ class EngineCore:
         """Ends a request early."""
         self.scheduler.remove(request_id)
 
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if a worker has ended; for when no step would notice."""
+        self.executor.check_alive()
+
     def step(self) -> list[Update]:
         """Runs one step; what it brought, request by request. Nothing if there is no work.
 
         Raises:
             EngineDeadError: if a worker failed; nothing can be run afterwards.
         """
-        step = self.scheduler.schedule()
+        step = self.last_step = self.scheduler.schedule()
         if step is None:
             return []
         outputs = self.executor.execute(step)
         advanced = self.scheduler.update(step, [output.token_ids for output in outputs])
         updates: list[Update] = []
-        for part, output, advances in zip(step.groups, outputs, advanced, strict=True):
-            mine = [Update(*advance) for advance in advances]
+        for schedule, output, mine in zip(step.schedules, outputs, advanced, strict=True):
             if output.logprobs or output.prompt_logprobs:
-                mine = _with_logprobs(mine, part.request_ids, part.samples, output)
+                mine = _with_logprobs(mine, schedule, output)
             updates += mine
         return updates
 
@@ -121,18 +108,16 @@ class EngineCore:
             num_pages=pages,
             page_size=config.page_size,
             max_running_requests=config.max_running_requests,
-            token_budget=config.chunked_prefill_size,
+            chunked_prefill_size=config.chunked_prefill_size,
+            max_prefill_tokens=config.max_prefill_tokens or config.chunked_prefill_size,
+            prefix_cache=not config.disable_radix_cache,
         )
 
 
-def _with_logprobs(
-    updates: list[Update],
-    request_ids: tuple[int, ...],
-    samples: tuple[bool, ...],
-    output: GroupOutput,
-) -> list[Update]:
+def _with_logprobs(updates: list[Update], schedule: Schedule, output: GroupOutput) -> list[Update]:
     by_id = {update.request_id: update for update in updates}
-    sampled = [request_id for request_id, drawn in zip(request_ids, samples, strict=True) if drawn]
+    columns = zip(schedule.request_ids, schedule.samples, strict=True)
+    sampled = [request_id for request_id, drawn in columns if drawn]
     if output.logprobs:
         for request_id, logprob in zip(sampled, output.logprobs, strict=True):
             if request_id in by_id:

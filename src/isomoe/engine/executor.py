@@ -36,6 +36,14 @@ class Executor(ABC):
             EngineDeadError: if a rank fails; nothing can be run afterwards.
         """
 
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of workers that are processes of their own, in rank order."""
+        return []
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if a worker has ended between two steps."""
+
     @abstractmethod
     def shutdown(self) -> None:
         """Ends every worker. May be called twice."""

@@ -1,5 +1,7 @@
 """Pages of the KV cache: how many there are, and who holds which."""
 
+from collections.abc import Iterable, Sequence
+
 from isomoe.errors import ConfigError
 
 CPU_CACHE_BYTES = 1 << 30
@@ -28,18 +30,18 @@ class PagePool:
         """Pages that somebody holds."""
         return self.num_pages - len(self._free)
 
-    def allocate(self, count: int) -> tuple[int, ...]:
+    def allocate(self, count: int) -> list[int]:
         """Takes `count` pages, which must be free."""
         assert count <= len(self._free), f"{count} pages wanted, {len(self._free)} free"
-        return tuple(self._free.pop() for _ in range(count))
+        return [self._free.pop() for _ in range(count)]
 
-    def release(self, pages: tuple[int, ...]) -> None:
+    def release(self, pages: Sequence[int]) -> None:
         """Gives pages back."""
         self._free.extend(reversed(pages))
 
-    def check(self, held: list[tuple[int, ...]]) -> None:
-        """Asserts that every page is free or in one of `held`, once."""
-        pages = sorted([*self._free, *(page for run in held for page in run)])
+    def check(self, held: Iterable[int]) -> None:
+        """Asserts that every page is free or in `held`, once."""
+        pages = sorted([*self._free, *held])
         assert pages == list(range(self.num_pages)), "pages are lost or held twice"
 
 

@@ -51,9 +51,13 @@ class CacheReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStep:
-    """A step as the ranks of one attention-DP group get it."""
+    """A step as the ranks of one attention-DP group get it.
 
-    shape: StepShape
+    Attributes:
+        shape: None repeats the last one.
+    """
+
+    shape: StepShape | None
     group: GroupStep
 
 

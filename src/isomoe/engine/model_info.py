@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isomoe.config import Device, DType, EngineConfig, LoadFormat
+from isomoe.engine.grammar import GrammarFactory
 from isomoe.errors import ConfigError
 from isomoe.models import HFConfig, read_config
 from isomoe.tokenizer import Tokenizer, has_tokenizer
@@ -57,6 +58,10 @@ class ModelInfo:
             vocab_size=hf_config["vocab_size"],
             eos_token_ids=_eos_token_ids(folder, hf_config),
         )
+
+    def grammars(self) -> GrammarFactory:
+        """For outputs that must follow a grammar."""
+        return GrammarFactory(self.folder, self.vocab_size, self.eos_token_ids)
 
 
 def _dtype(asked: DType, hf_config: HFConfig) -> str:

@@ -1,6 +1,6 @@
 """What a request gets back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    ABORT = "abort"
 
 
 class TokenLogprob(NamedTuple):
@@ -26,6 +27,51 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(slots=True)
+class Update:
+    """What a step brought one request.
+
+    Attributes:
+        token_id: the new token; None where the step brought prompt logprobs alone, or the end of
+            a request that asks for no token.
+        finish_reason: None if it goes on.
+        cached_tokens: prompt tokens found in the prefix cache, with the first token.
+        logprob: the new token's, if asked for.
+        prompt_logprobs: those of further prompt tokens, if asked for.
+    """
+
+    request_id: int
+    token_id: int | None = None
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a request has brought since the last one.
+
+    Attributes:
+        text: ready to be shown; text that may yet turn out to begin a stop text is held back.
+        token_ids: new tokens of the output.
+        logprobs: one for each of them, if asked for.
+        prompt_logprobs: those of further prompt tokens, if asked for; the prompt's first token
+            has none.
+        finish_reason: None if it goes on.
+        stop_reason: the stop token or stop text that ended it; None for the model's end token.
+        cached_tokens: prompt tokens found in the prefix cache, told once.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    cached_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
     """A finished request.
@@ -36,9 +82,12 @@ class RequestOutput:
         text: the output's text, cut before a stop text; empty without a tokenizer.
         token_ids: the output; the token that ended it is included.
         finish_reason: `stop` for an end token or a stop text, `length` for max_tokens or the
-            context length.
+            context length, `abort` for one that was ended early.
+        stop_reason: the stop token or stop text that ended it; None for the model's end token.
         logprobs: one for each output token, if asked for.
-        prompt_logprobs: one for each prompt token, None for the first, if asked for.
+        prompt_logprobs: one for each prompt token from `prompt_logprobs_start` on, None for the
+            prompt's first, if asked for.
+        cached_tokens: prompt tokens that were found in the prefix cache.
     """
 
     prompt: str | None
@@ -46,8 +95,10 @@ class RequestOutput:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
 
     def to_json(self) -> dict[str, object]:
         """The same as plain lists and dicts."""
@@ -57,6 +108,8 @@ class RequestOutput:
             "text": self.text,
             "token_ids": list(self.token_ids),
             "finish_reason": str(self.finish_reason),
+            "stop_reason": self.stop_reason,
+            "cached_tokens": self.cached_tokens,
         }
         if self.logprobs is not None:
             out["logprobs"] = [_to_json(token) for token in self.logprobs]

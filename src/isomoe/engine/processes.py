@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from isomoe.comm.rendezvous import Rendezvous
 from isomoe.config import EngineConfig
+from isomoe.engine.child import start_child
 from isomoe.engine.executor import Executor, Progress
 from isomoe.engine.messages import (
     AllocateCache,
@@ -27,7 +28,7 @@ from isomoe.engine.messages import (
     WorkerStep,
 )
 from isomoe.engine.model_info import ModelInfo
-from isomoe.engine.step import GroupOutput, Step
+from isomoe.engine.step import GroupOutput, Step, StepShape
 from isomoe.engine.worker_process import threads_per_rank
 from isomoe.errors import EngineDeadError
 
@@ -35,7 +36,6 @@ _GRACE_SECONDS = 0.5
 """How long the ranks may take to say what happened, once one has failed."""
 _STOP_SECONDS = 3.0
 """How long a worker may take to stop when asked to."""
-_BOOT = "from isomoe.engine.worker_process import main; main({pipe}, {lifeline})"
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +60,9 @@ class ProcessExecutor(Executor):
     ) -> None:
         parallelism = config.parallelism
         self._attn_tp = parallelism.attn_tp
+        self._watchdog_seconds = config.watchdog_timeout_seconds
         self._ranks: list[_Rank] = []
+        self._last_shape: StepShape | None = None
         self._selector = selectors.DefaultSelector()
         lifeline, self._lifeline = os.pipe()
         self._end = weakref.finalize(
@@ -86,7 +88,6 @@ class ProcessExecutor(Executor):
 
     @property
     def pids(self) -> list[int]:
-        """The workers' process ids, in rank order."""
         return [rank.process.pid for rank in self._ranks]
 
     @property
@@ -104,10 +105,17 @@ class ProcessExecutor(Executor):
         if not self._end.alive:
             raise EngineDeadError(self._over)
         width = self._attn_tp
+        shape = None if step.shape is self._last_shape else step.shape
+        self._last_shape = step.shape
         for index, group in enumerate(step.groups):
             ranks = self._ranks[index * width : (index + 1) * width]
-            self._send(ranks, WorkerStep(shape=step.shape, group=group))
+            self._send(ranks, WorkerStep(shape=shape, group=group))
         return self._collect(self._ranks[::width], GroupOutput)
+
+    def check_alive(self) -> None:
+        # A worker says nothing between steps, so that whatever can be read is its end.
+        if self._selector.select(0) and any(map(_ended, self._ranks)):
+            self._fail(loading=False)
 
     def shutdown(self) -> None:
         """Ends every worker. May be called twice."""
@@ -129,7 +137,10 @@ class ProcessExecutor(Executor):
         loading = kind is Loaded
         found: dict[int, Any] = {}
         while len(found) < len(ranks):
-            for key, _ in self._selector.select():
+            ready = self._selector.select(None if loading else self._watchdog_seconds)
+            if not ready:
+                self._give_up([rank for rank in ranks if rank.rank not in found])
+            for key, _ in ready:
                 rank: _Rank = key.data
                 match _receive(rank):
                     case None | Failure():
@@ -141,6 +152,15 @@ class ProcessExecutor(Executor):
                         assert isinstance(message, kind), f"rank {rank.rank} sent {message}"
                         found[rank.rank] = message
         return [found[rank.rank] for rank in ranks]
+
+    def _give_up(self, silent: list[_Rank]) -> NoReturn:
+        """Ends everything because ranks do not answer."""
+        names = ", ".join(f"rank {rank.rank} (process {rank.process.pid})" for rank in silent)
+        self._over = f"no answer to a step within {self._watchdog_seconds:g} s from {names}"
+        for rank in silent:
+            rank.process.kill()
+        self.shutdown()
+        raise EngineDeadError(self._over)
 
     def _fail(self, loading: bool) -> NoReturn:
         """Ends everything once a rank has failed, and raises the first cause."""
@@ -162,22 +182,12 @@ class ProcessExecutor(Executor):
 
 def _start(rank: int, ranks: int, lifeline: int) -> _Rank:
     ours, theirs = Pipe()
-    # The paths go along, so that an instrument is found wherever this process found it.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    threads = str(threads_per_rank(ranks))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    environment = {"OMP_NUM_THREADS": str(threads_per_rank(ranks))}
     if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    boot = _BOOT.format(pipe=theirs.fileno(), lifeline=lifeline)
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    call = f"isomoe.engine.worker_process.main({theirs.fileno()}, {lifeline})"
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", boot],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # stdout is for results, which are the parent's
-            pass_fds=(theirs.fileno(), lifeline),
-            env=environment,
-            process_group=0,  # Ctrl-C is for the parent, which ends the workers
-        )
+        process = start_child(call, (theirs.fileno(), lifeline), environment)
     finally:
         theirs.close()
     return _Rank(rank, process, ours)

@@ -1,4 +1,8 @@
-"""From a step's logits to tokens and log-probabilities.  L rows of logits, V vocabulary."""
+"""From a step's logits to tokens and log-probabilities.  L rows of logits, V vocabulary.
+
+Penalties, biases and grammars adjust the logits that tokens are drawn from. The logprobs that are
+reported are those of the model's own logits, as vLLM's `raw_logprobs`.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,10 +11,13 @@ import torch
 from torch import Tensor
 
 from isomoe.comm import Communicator
+from isomoe.engine.adjuster import Adjuster
+from isomoe.engine.grammar import GrammarFactory
 from isomoe.engine.outputs import TokenLogprob
 from isomoe.engine.step import GroupOutput, Request
 from isomoe.errors import EngineDeadError
 from isomoe.kernels import RowSampling, logprobs, sample, top_logprobs
+from isomoe.kernels.sampling import RowAdjustment, adjust
 
 _SCORED_ROWS = 256
 """Rows that are turned into fp32 log-probabilities at once: bounds the memory of long prompts."""
@@ -20,9 +27,10 @@ class Draw(NamedTuple):
     """One request's rows of logits in a step.
 
     Attributes:
-        tokens: the request's tokens so far; a sampled one is appended.
-        start: position of the request's first row in the step.
-        wanted: its rows of logits, its last rows in the step.
+        tokens: the request's tokens so far, prompt and output; a sampled one is appended.
+        start: position of its first row that has logits. The prompt tokens that follow those
+            rows are scored, if asked for.
+        wanted: how many rows of logits it has.
         samples: whether a token is drawn from the last one.
     """
 
@@ -38,11 +46,15 @@ class Sampler:
 
     Args:
         first: whether this is the first rank.
+        grammars: for requests that have one; used on the first rank alone.
     """
 
-    def __init__(self, comm: Communicator, first: bool) -> None:
+    def __init__(self, comm: Communicator, first: bool, grammars: GrammarFactory) -> None:
         self._comm = comm
         self._first = first
+        self._grammars = grammars
+        self._known: set[int] = set()
+        self._adjusters: dict[int, Adjuster] = {}
         self._attn_tp = comm.seat.mesh.attn_tp
 
     def run(self, logits: Tensor, draws: Sequence[Draw]) -> GroupOutput | None:
@@ -69,25 +81,58 @@ class Sampler:
                 output.logprobs.extend(_chosen(logits, ids, drawing))
         return output if self._first else None
 
+    def forget(self, request_id: int) -> None:
+        """Drops what is kept of a request. Should it return, its tokens tell all again."""
+        self._known.discard(request_id)
+        self._adjusters.pop(request_id, None)
+
     def _draw(self, logits: Tensor, drawing: list[Draw]) -> Tensor:
         if self._first:
             best, ids = logits.float().max(dim=-1)  # slow in bf16 on CPUs
             if not bool(best.isfinite().all()):
                 raise EngineDeadError("logits are not finite: do the weights hold NaN?")
+            adjusted = self._adjustments(drawing, logits.shape[1])
+            if adjusted:
+                found = adjust(_rows(logits, list(adjusted)), list(adjusted.values()))
+                ids[list(adjusted)] = sample(found, [_row_sampling(drawing[i]) for i in adjusted])
+            warm = [
+                index
+                for index, draw in enumerate(drawing)
+                if draw.request.params.temperature and index not in adjusted
+            ]
+            if warm:
+                found = sample(_rows(logits, warm), [_row_sampling(drawing[i]) for i in warm])
+                ids[warm] = found
         else:
             ids = torch.empty(len(drawing), dtype=torch.int64, device=logits.device)
-        if self._first and any(draw.request.params.temperature for draw in drawing):
-            ids = sample(logits, [_row_sampling(draw) for draw in drawing])
         return self._comm.broadcast(ids, self._attn_tp) if self._attn_tp else ids
+
+    def _adjustments(self, drawing: list[Draw], vocab_size: int) -> dict[int, RowAdjustment]:
+        """By row, for those that are not drawn from the model's own logits."""
+        for draw in drawing:
+            if draw.request.request_id not in self._known:
+                self._meet(draw.request, vocab_size)
+        found: dict[int, RowAdjustment] = {}
+        if self._adjusters:
+            for index, draw in enumerate(drawing):
+                adjuster = self._adjusters.get(draw.request.request_id)
+                adjustment = None if adjuster is None else adjuster.next(draw.tokens)
+                if adjustment is not None:
+                    found[index] = adjustment
+        return found
+
+    def _meet(self, request: Request, vocab_size: int) -> None:
+        self._known.add(request.request_id)
+        if request.params.adjusts_logits:
+            self._adjusters[request.request_id] = Adjuster(request, vocab_size, self._grammars)
 
     def _score_prompts(self, logits: Tensor, draws: Sequence[Draw], output: GroupOutput) -> None:
         row = 0
         for draw in draws:
-            request, start = draw.request, draw.start
+            request, first = draw.request, draw.start + 1
             top = request.params.prompt_logprobs
-            prompt = request.prompt_token_ids
-            if top is not None and start < len(prompt):
-                targets = prompt[start + 1 : start + 1 + draw.wanted]
+            if top is not None and first < len(request.prompt_token_ids):
+                targets = request.prompt_token_ids[first : first + draw.wanted]
                 found: list[TokenLogprob] = []
                 for at in range(0, len(targets), _SCORED_ROWS):
                     some = targets[at : at + _SCORED_ROWS]
@@ -105,6 +150,12 @@ def _last_rows(draws: Sequence[Draw], device: torch.device) -> Tensor:
         if draw.samples:
             rows.append(row - 1)
     return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _rows(logits: Tensor, indices: list[int]) -> Tensor:
+    if len(indices) == logits.shape[0]:
+        return logits
+    return logits.index_select(0, torch.tensor(indices, device=logits.device))
 
 
 def _row_sampling(draw: Draw) -> RowSampling:

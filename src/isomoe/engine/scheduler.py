@@ -2,13 +2,17 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from isomoe.engine.kv_cache import PagePool, pages_for
-from isomoe.engine.outputs import FinishReason
-from isomoe.engine.step import GroupStep, Joined, Request, Step, StepShape
+from isomoe.engine.outputs import FinishReason, Update
+from isomoe.engine.prefix_cache import Node, PrefixCache
+from isomoe.engine.step import GroupStep, Joined, Request, Schedule, Step, StepShape
 from isomoe.errors import RequestError
+
+_OVERLOAD = 1.5
+"""A group this much more loaded than the least gets no request for the sake of its prefixes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,65 +24,127 @@ class Limits:
         num_pages: pages of the KV cache.
         page_size: tokens of a page.
         max_running_requests: requests that hold pages at once.
-        token_budget: tokens of a step.
+        chunked_prefill_size: tokens of one request in a step.
+        max_prefill_tokens: tokens of all requests in a step that are not in decode; those in
+            decode have one each beside these.
+        headroom_tokens: how far all running requests must be able to grow for one more to join.
+        prefix_cache: whether requests that begin alike share pages.
     """
 
     attn_dp_size: int
     num_pages: int
     page_size: int
     max_running_requests: int
-    token_budget: int
+    chunked_prefill_size: int
+    max_prefill_tokens: int
+    headroom_tokens: int = 128
+    prefix_cache: bool = True
+
+    def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Raises RequestError if the KV cache could never hold such a request."""
+        need = pages_for(prompt_tokens + max_tokens, self.page_size)
+        if need > self.num_pages:
+            raise RequestError(
+                f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} need {need} pages of "
+                f"{self.page_size} tokens, the KV cache has {self.num_pages}; fewer "
+                "tokens or a larger --max-total-tokens would work"
+            )
 
 
-class Advance(NamedTuple):
-    """What a step did for one request.
+class GroupState(NamedTuple):
+    """The KV cache and the requests of one attention-DP group. free + cached + used = total.
 
     Attributes:
-        token_id: the new token; None for a request that only scores its prompt.
-        finish_reason: None if it goes on.
+        cached_pages: pages of prefixes that no request uses; as good as free.
     """
 
-    request_id: int
-    token_id: int | None
-    finish_reason: FinishReason | None
+    running: int
+    total_pages: int
+    free_pages: int
+    cached_pages: int
+    used_pages: int
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
-    """A request that holds pages.
+class _Member:
+    """A request, waiting or running.
 
     Attributes:
-        computed: its tokens whose keys are cached, this step's included once it is scheduled.
-        known: its tokens so far.
+        tokens: prompt and output so far.
+        end: its tokens when max_tokens are generated.
+        unscored: its first prompt row whose logits are still wanted; None if none is.
+        group: where it runs; None while it waits.
+        pages: in the order of its tokens.
+        nodes: of its first pages, which belong to the prefix cache; the others are its own.
+        computed: tokens whose keys are cached, this step's included once it is scheduled.
+        cached: prompt tokens that it found in the cache when it first ran; None until it has run.
     """
 
     request: Request
-    pages: tuple[int, ...]
-    computed: int
-    known: int
+    tokens: list[int]
+    end: int
+    unscored: int | None
+    group: "_Group | None" = None
+    pages: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    computed: int = 0
+    cached: int | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next step is one token after the last."""
+        return self.computed == len(self.tokens) - 1 and self.computed >= len(
+            self.request.prompt_token_ids
+        )
 
 
 class _Group:
-    """One attention-DP group."""
+    """One attention-DP group: its pages, and who runs.
 
-    def __init__(self, num_pages: int) -> None:
-        self.pool = PagePool(num_pages)
-        self.running: list[_Running] = []
+    Attributes:
+        running: in the order in which they joined.
+        schedule: of the last step.
+        steady: whether every running request had one row of decode in it, and none has come or
+            gone since.
+        table: what changed in the block tables: (request id, place, page).
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.cache = PrefixCache(PagePool(limits.num_pages), limits.page_size)
+        self.running: list[_Member] = []
         self.joined: list[Joined] = []
         self.left: list[int] = []
+        self.table: list[tuple[int, int, int]] = []
+        self.schedule = Schedule()
+        self.steady = False
 
-    def load(self, page_size: int) -> int:
-        """Tokens that it has room reserved for, and prompt tokens that it has yet to compute."""
-        waiting = sum(max(0, r.known - r.computed) for r in self.running)
-        return self.pool.num_used * page_size + waiting
+    def load(self) -> int:
+        """Tokens that its requests hold, and those that they have yet to compute."""
+        return sum(2 * len(member.tokens) - member.computed for member in self.running)
+
+    def part(self, schedule: Schedule | None) -> GroupStep:
+        """What the workers must hear; from here on they have heard it."""
+        part = GroupStep(
+            left=tuple(self.left),
+            joined=tuple(self.joined),
+            table=tuple(self.table),
+            schedule=schedule,
+        )
+        self.left.clear()
+        self.joined.clear()
+        self.table.clear()
+        return part
 
 
 class Scheduler:
     """Forms the batch of every attention-DP group in each step.
 
-    Requests wait in one queue, first come, first served. The first goes to the least loaded group
-    that has room for all the tokens that it may ever have, so that none is ever put back. In a
-    step, requests in decode come first, then prompts, in chunks if need be.
+    Requests wait in one queue, first come, first served. The first one goes to the group that has
+    most of its prefix in the cache, unless that one is overloaded, else to the least loaded. It
+    joins once the group has pages for all its tokens and for some growth of everybody. In a step,
+    requests in decode have a row each, and prompts share what the budget leaves, in chunks if
+    need be. If a group's pages run out nevertheless, its youngest request is retracted: its pages
+    are given back, and it waits at the head of the queue with what it has generated.
 
     Args:
         choose: rows of each group -> index of the regime (`Plan.choose`).
@@ -86,19 +152,21 @@ class Scheduler:
 
     def __init__(self, limits: Limits, choose: Callable[[Sequence[int]], int]) -> None:
         self.limits = limits
+        self.num_retracted = 0
         self._choose = choose
-        self._groups = [_Group(limits.num_pages) for _ in range(limits.attn_dp_size)]
-        self._waiting: deque[Request] = deque()
-        self._place: dict[int, tuple[_Group, _Running]] = {}
+        self._groups = [_Group(limits) for _ in range(limits.attn_dp_size)]
+        self._waiting: deque[_Member] = deque()
+        self._members: dict[int, _Member] = {}
+        self._shape: StepShape | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self._waiting) or bool(self._place)
+        return bool(self._members)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that hold no pages yet."""
+        """Requests that hold no pages."""
         return len(self._waiting)
 
     @property
@@ -106,15 +174,15 @@ class Scheduler:
         """Requests of each group that hold pages."""
         return tuple(len(group.running) for group in self._groups)
 
-    def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
-        """Raises RequestError if the KV cache could never hold such a request."""
-        need = pages_for(prompt_tokens + max_tokens, self.limits.page_size)
-        if need > self.limits.num_pages:
-            raise RequestError(
-                f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} need {need} pages of "
-                f"{self.limits.page_size} tokens, the KV cache has {self.limits.num_pages}; fewer "
-                "tokens or a larger --max-total-tokens would work"
-            )
+    def state(self) -> list[GroupState]:
+        """Each group's pages and requests."""
+        states = []
+        for group in self._groups:
+            total, free = self.limits.num_pages, group.cache.pool.num_free
+            unused = group.cache.num_unused
+            used = total - free - unused
+            states.append(GroupState(len(group.running), total, free, unused, used))
+        return states
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -122,15 +190,35 @@ class Scheduler:
         Raises:
             RequestError: if the KV cache could never hold it.
         """
-        self.check_fits(len(request.prompt_token_ids), request.max_tokens)
-        self._waiting.append(request)
+        prompt = request.prompt_token_ids
+        self.limits.check_fits(len(prompt), request.max_tokens)
+        scored = request.params.prompt_logprobs is not None
+        member = _Member(
+            request=request,
+            tokens=list(prompt),
+            end=len(prompt) + request.max_tokens,
+            unscored=max(0, request.params.prompt_logprobs_start - 1) if scored else None,
+        )
+        self._members[request.request_id] = member
+        self._waiting.append(member)
 
     def remove(self, request_id: int) -> None:
-        """Ends a request early; an id that has ended already is ignored."""
-        if request_id in self._place:
-            self._end(request_id)
+        """Ends a request early; its pages are free for the next step. An unknown id is ignored."""
+        member = self._members.pop(request_id, None)
+        if member is None:
+            return
+        if member.group is None:
+            self._waiting.remove(member)
         else:
-            self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+            self._leave(member)
+
+    def flush_cache(self) -> bool:
+        """Forgets all prefixes, unless requests are about; whether it did."""
+        if self.has_work:
+            return False
+        for group in self._groups:
+            group.cache.clear()
+        return True
 
     def schedule(self) -> Step | None:
         """The next step; None if there is nothing to do.
@@ -138,20 +226,16 @@ class Scheduler:
         What it schedules counts as computed: run it, then call `update`.
         """
         self._admit()
-        if not self._place:
+        if len(self._waiting) == len(self._members):
+            assert not self._members, "requests wait, and no group has room"
             return None
-        parts, logits_rows = [], []
-        for group in self._groups:
-            part, chosen = self._group_step(group)
-            parts.append(part)
-            logits_rows.append(chosen)
-        rows = tuple([sum(part.num_tokens) for part in parts])
-        shape = StepShape(
-            rows=rows, padded=None, logits_rows=tuple(logits_rows), regime=self._choose(rows)
-        )
-        return Step(shape=shape, groups=tuple(parts))
+        parts = tuple([self._group_step(group) for group in self._groups])
+        schedules = tuple([group.schedule for group in self._groups])
+        if self._shape is None or any(part.schedule is not None for part in parts):
+            self._shape = self._form_shape(schedules)
+        return Step(shape=self._shape, groups=parts, schedules=schedules)
 
-    def update(self, step: Step, token_ids: Sequence[Sequence[int]]) -> list[list[Advance]]:
+    def update(self, step: Step, token_ids: Sequence[Sequence[int]]) -> list[list[Update]]:
         """Takes in what a step sampled.
 
         Args:
@@ -161,112 +245,229 @@ class Scheduler:
             For each group, what changed: an entry for each request that samples or has ended.
         """
         return [
-            self._advance(part, tokens) for part, tokens in zip(step.groups, token_ids, strict=True)
+            self._advance(schedule, tokens)
+            for schedule, tokens in zip(step.schedules, token_ids, strict=True)
         ]
 
     def check(self) -> None:
         """Asserts that no page is lost or held twice, and that no limit is exceeded."""
         for group in self._groups:
-            group.pool.check([r.pages for r in group.running])
+            own = [page for member in group.running for page in member.pages[len(member.nodes) :]]
+            nodes = group.cache.pages()
+            for member in group.running:
+                assert [node.page for node in member.nodes] == member.pages[: len(member.nodes)]
+            assert len(nodes) == group.cache.num_nodes
+            group.cache.pool.check([*own, *nodes])
+            used = {id(node) for member in group.running for node in member.nodes}
+            assert len(nodes) - len(used) == group.cache.num_unused
             assert len(group.running) <= self.limits.max_running_requests
 
     def _admit(self) -> None:
-        limits = self.limits
         while self._waiting:
-            request = self._waiting[0]
-            tokens = len(request.prompt_token_ids) + request.max_tokens
-            need = pages_for(tokens, limits.page_size)
-            able = [
-                group
-                for group in self._groups
-                if len(group.running) < limits.max_running_requests and group.pool.num_free >= need
-            ]
-            if not able:
+            member = self._waiting[0]
+            place = self._place(member)
+            if place is None:
                 return
-            group = min(able, key=lambda group: group.load(limits.page_size))
             self._waiting.popleft()
-            pages = group.pool.allocate(need)
-            member = _Running(request, pages, 0, len(request.prompt_token_ids))
-            group.running.append(member)
-            group.joined.append(Joined(request=request, pages=pages))
-            self._place[request.request_id] = group, member
+            self._join(member, *place)
 
-    def _group_step(self, group: _Group) -> tuple[GroupStep, tuple[int, ...]]:
-        budget = self.limits.token_budget
-        chosen: list[_Running] = []
-        num_tokens: list[int] = []
-        decoding = [r for r in group.running if r.known - r.computed == 1 and r.computed]
-        # Who decodes has had rows beside all others who do, so that they fit the budget.
-        assert len(decoding) <= budget
-        for member in decoding:
-            chosen.append(member)
-            num_tokens.append(1)
-        budget -= len(decoding)
-        if len(decoding) < len(group.running):
+    def _place(self, member: _Member) -> tuple[_Group, list[Node]] | None:
+        """The group for a request and the prefix that it finds there; None if none has room."""
+        able = []
+        for group in self._groups:
+            if len(group.running) < self.limits.max_running_requests:
+                nodes = group.cache.match(member.tokens, self._reusable(member))
+                if self._has_room(group, member, nodes):
+                    able.append((group.load(), group, nodes))
+        if not able:
+            return None
+        least = min(able, key=lambda one: one[0])
+        best = min(able, key=lambda one: (-len(one[2]), one[0]))
+        slack = self.limits.chunked_prefill_size
+        _, group, nodes = best if best[0] <= _OVERLOAD * least[0] + slack else least
+        return group, nodes
+
+    def _reusable(self, member: _Member) -> int:
+        """Tokens that need not be computed if they are cached: their logits are not wanted."""
+        most = len(member.tokens) - 1
+        return most if member.unscored is None else min(most, member.unscored)
+
+    def _has_room(self, group: _Group, member: _Member, nodes: list[Node]) -> bool:
+        size = self.limits.page_size
+        available = group.cache.num_available - sum(not node.refs for node in nodes)
+        wanted = -len(nodes) - sum(len(one.pages) for one in group.running)
+        for one in (*group.running, member):
+            ahead = len(one.tokens) + self.limits.headroom_tokens
+            wanted += pages_for(min(ahead, one.end), size)
+        return wanted <= available or not group.running
+
+    def _join(self, member: _Member, group: _Group, nodes: list[Node]) -> None:
+        cache = group.cache
+        cache.acquire(nodes)
+        member.nodes = nodes
+        need = pages_for(len(member.tokens), self.limits.page_size) - len(nodes)
+        member.pages = [*[node.page for node in nodes], *cache.allocate(need)]
+        member.computed = len(nodes) * self.limits.page_size
+        if member.cached is None:
+            member.cached = member.computed
+        member.group = group
+        group.running.append(member)
+        group.steady = False
+        prompt = len(member.request.prompt_token_ids)
+        group.joined.append(
+            Joined(
+                request=member.request,
+                output_ids=tuple(member.tokens[prompt:]),
+                pages=tuple(member.pages),
+                computed=member.computed,
+            )
+        )
+
+    def _group_step(self, group: _Group) -> GroupStep:
+        self._decode(group)
+        if group.steady:
+            return group.part(None)
+        rows = [(member, 1) for member in group.running if member.decodes]
+        num_decodes = len(rows)
+        budget = self.limits.max_prefill_tokens
+        if num_decodes < len(group.running):
             for member in group.running:
-                if budget and (member.known - member.computed > 1 or not member.computed):
-                    chosen.append(member)
-                    num_tokens.append(min(budget, member.known - member.computed))
-                    budget -= num_tokens[-1]
-        num_logits: list[int] = []
-        samples: list[bool] = []
-        logits_rows: list[int] = []
-        row = 0
-        for member, tokens in zip(chosen, num_tokens, strict=True):
-            request = member.request
-            prefill = member.computed < len(request.prompt_token_ids)
+                if budget and not member.decodes:
+                    left = len(member.tokens) - member.computed
+                    rows.append((member, min(left, budget, self.limits.chunked_prefill_size)))
+                    budget -= rows[-1][1]
+        num_logits = [1] * num_decodes
+        samples = [True] * num_decodes
+        for member, _ in rows[:num_decodes]:
+            member.computed += 1
+        for member, tokens in rows[num_decodes:]:
+            begin = member.computed
             member.computed += tokens
-            row += tokens
-            last = member.computed == member.known and request.max_tokens > 0
-            scored = prefill and request.params.prompt_logprobs is not None
-            wanted = tokens if scored else int(last)
+            last = member.computed == len(member.tokens) and member.end > len(member.tokens)
+            wanted = int(last)
+            if member.unscored is not None and member.computed > member.unscored:
+                wanted = member.computed - max(begin, member.unscored)
+                scored = member.computed >= len(member.request.prompt_token_ids)
+                member.unscored = None if scored else member.computed
             num_logits.append(wanted)
             samples.append(last)
-            logits_rows.extend(range(row - wanted, row))
-        part = GroupStep(
-            joined=tuple(group.joined),
-            left=tuple(group.left),
-            request_ids=tuple([member.request.request_id for member in chosen]),
-            num_tokens=tuple(num_tokens),
+        group.schedule = Schedule(
+            request_ids=tuple([member.request.request_id for member, _ in rows]),
+            num_tokens=tuple([tokens for _, tokens in rows]),
             num_logits=tuple(num_logits),
             samples=tuple(samples),
         )
-        group.joined.clear()
-        group.left.clear()
-        return part, tuple(logits_rows)
+        group.steady = num_decodes == len(group.running)
+        return group.part(group.schedule)
 
-    def _advance(self, part: GroupStep, token_ids: Sequence[int]) -> list[Advance]:
-        tokens = iter(token_ids)
-        advances = []
-        for request_id, samples in zip(part.request_ids, part.samples, strict=True):
-            token = next(tokens) if samples else None
-            place = self._place.get(request_id)
-            if place is None:  # removed while the step ran
+    def _decode(self, group: _Group) -> None:
+        """Sees to it that every request in decode has a page for its next token.
+
+        In a steady group the next token of each is counted as computed here.
+        """
+        size = self.limits.page_size
+        index = 0
+        while index < len(group.running):
+            member = group.running[index]
+            index += 1
+            if len(member.tokens) > len(member.pages) * size:
+                while not group.cache.num_available:
+                    self._retract(group.running[-1])
+                if member.group is None:
+                    return
+                (page,) = group.cache.allocate(1)
+                group.table.append((member.request.request_id, len(member.pages), page))
+                member.pages.append(page)
+        if group.steady:
+            for member in group.running:
+                member.computed += 1
+
+    def _retract(self, member: _Member) -> None:
+        """Takes a request's pages back; it joins again before all who wait."""
+        self.num_retracted += 1
+        self._leave(member)
+        self._waiting.appendleft(member)
+
+    def _advance(self, schedule: Schedule, token_ids: Sequence[int]) -> list[Update]:
+        members, size = self._members, self.limits.page_size
+        publishes = self.limits.prefix_cache
+        updates: list[Update] = []
+        drawn = iter(token_ids)
+        for request_id, samples in zip(schedule.request_ids, schedule.samples, strict=True):
+            token = next(drawn) if samples else None
+            member = members.get(request_id)
+            if member is None:  # removed while the step ran
                 continue
-            member = place[1]
-            request = member.request
+            if publishes and member.computed - len(member.nodes) * size >= size:
+                self._publish(member)
             reason = None
             if token is not None:
-                member.known += 1
-                if token in request.stop_ids:
+                member.tokens.append(token)
+                if token in member.request.stop_ids:
                     reason = FinishReason.STOP
-                elif member.known - len(request.prompt_token_ids) >= request.max_tokens:
+                elif len(member.tokens) >= member.end:
                     reason = FinishReason.LENGTH
-            elif request.max_tokens == 0 and member.computed == member.known:
+            elif member.computed == len(member.tokens) == member.end:
                 reason = FinishReason.LENGTH
             else:
                 continue
+            cached, member.cached = member.cached or 0, 0
             if reason is not None:
-                self._end(request_id)
-            advances.append(Advance(request_id, token, reason))
-        return advances
+                del members[request_id]
+                self._leave(member)
+            updates.append(Update(request_id, token, reason, cached))
+        return updates
 
-    def _end(self, request_id: int) -> None:
-        group, member = self._place.pop(request_id)
+    def _publish(self, member: _Member) -> None:
+        """Gives its full pages to the prefix cache.
+
+        Where that has a page with the same content, by a request that was prefilled beside this
+        one, this one goes on with that and gives its own back.
+        """
+        group = member.group
+        assert group is not None
+        for index in range(len(member.nodes), member.computed // self.limits.page_size):
+            page = member.pages[index]
+            node = group.cache.extend(member.nodes, member.tokens, page)
+            member.nodes.append(node)
+            if node.page != page:
+                group.cache.pool.release([page])
+                member.pages[index] = node.page
+                group.table.append((member.request.request_id, index, node.page))
+
+    def _leave(self, member: _Member) -> None:
+        group = member.group
+        assert group is not None
         group.running.remove(member)
-        group.pool.release(member.pages)
+        group.steady = False
+        group.cache.pool.release(member.pages[len(member.nodes) :])
+        group.cache.release(member.nodes)
+        member.group, member.pages, member.nodes, member.computed = None, [], [], 0
+        request_id = member.request.request_id
+        group.table = [change for change in group.table if change[0] != request_id]
         for index, joined in enumerate(group.joined):
             if joined.request is member.request:  # no worker has heard of it
                 del group.joined[index]
                 return
         group.left.append(request_id)
+
+    def _form_shape(self, schedules: Sequence[Schedule]) -> StepShape:
+        rows = tuple([sum(schedule.num_tokens) for schedule in schedules])
+        return StepShape(
+            rows=rows,
+            padded=None,
+            logits_rows=tuple([_logits_rows(schedule) for schedule in schedules]),
+            regime=self._choose(rows),
+        )
+
+
+def _logits_rows(schedule: Schedule) -> tuple[int, ...]:
+    """Places of the rows that get logits, ascending."""
+    if schedule.num_logits == schedule.num_tokens:
+        return tuple(range(sum(schedule.num_tokens)))
+    places: list[int] = []
+    row = 0
+    for tokens, wanted in zip(schedule.num_tokens, schedule.num_logits, strict=True):
+        row += tokens
+        places.extend(range(row - wanted, row))
+    return tuple(places)

@@ -32,34 +32,51 @@ class Joined:
     """A request that an attention-DP group runs from this step on.
 
     Attributes:
-        pages: all that it will ever use.
+        output_ids: what it has generated already, if it was retracted and comes back.
+        pages: those that it has by now.
+        computed: its first tokens whose keys those pages hold.
     """
 
     request: Request
+    output_ids: tuple[int, ...]
     pages: tuple[int, ...]
+    computed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupStep:
-    """One attention-DP group's part of a step: what changed, and the schedule.
+class Schedule:
+    """Which rows an attention-DP group runs.
 
-    The four columns of the schedule have one entry for each request that has rows in the step.
+    The columns have one entry for each request that has rows in the step.
 
     Attributes:
-        joined: requests that are new.
-        left: ids of requests that ended since the last step; they go before any joins.
         request_ids: who has rows, in row order.
         num_tokens: how many each has.
-        num_logits: how many of each one's last rows get logits: none, the last, or all.
+        num_logits: how many of each one's last rows get logits.
         samples: whether a token is drawn after each one's last row.
     """
 
-    joined: tuple[Joined, ...] = ()
-    left: tuple[int, ...] = ()
     request_ids: tuple[int, ...] = ()
     num_tokens: tuple[int, ...] = ()
     num_logits: tuple[int, ...] = ()
     samples: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStep:
+    """One attention-DP group's part of a step, as what has changed since the last one.
+
+    Attributes:
+        left: ids of requests that ended or were retracted; they go before any joins.
+        joined: requests that are new, or come back.
+        table: (request id, place, page) for each page that takes a place in a block table.
+        schedule: None repeats the last one.
+    """
+
+    left: tuple[int, ...] = ()
+    joined: tuple[Joined, ...] = ()
+    table: tuple[tuple[int, int, int], ...] = ()
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +101,14 @@ class Step:
     """One step of the replica.
 
     Attributes:
+        shape: the same object as the last step's, if it is equal.
         groups: the part of each attention-DP group.
+        schedules: the schedule of each, whether it is in its part or repeated.
     """
 
     shape: StepShape
     groups: tuple[GroupStep, ...]
+    schedules: tuple[Schedule, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

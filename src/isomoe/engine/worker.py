@@ -14,7 +14,7 @@ from isomoe.engine.instrument import load_instrument
 from isomoe.engine.kv_cache import CPU_CACHE_BYTES, pages_for
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.sampler import Draw, Sampler
-from isomoe.engine.step import GroupOutput, GroupStep, Joined, Request, StepShape
+from isomoe.engine.step import GroupOutput, GroupStep, Request, Schedule, StepShape
 from isomoe.kernels import AttentionBatch
 from isomoe.layout import MACHINES, LogitsRows, Seat, TokenRows, make_plan
 from isomoe.models import build
@@ -30,7 +30,7 @@ class _Running:
     """A request on this rank.
 
     Attributes:
-        slot: its row in the block table.
+        slot: its row in the block tables.
         num_pages: its entries there.
         tokens: prompt and output so far.
         computed: tokens whose keys are cached.
@@ -40,7 +40,7 @@ class _Running:
     slot: int
     num_pages: int
     tokens: list[int]
-    computed: int = 0
+    computed: int
 
 
 class Worker:
@@ -82,7 +82,7 @@ class Worker:
         mesh = self.seat.mesh
         self.group_index = self.seat.index(mesh.attn_dp)
         self.answers = self.seat.index(mesh.attn_tp) == 0
-        self._sampler = Sampler(self.comm, self.answers)
+        self._sampler = Sampler(self.comm, self.answers, info.grammars())
         self._running: dict[int, _Running] = {}
         self._slots = list(range(config.max_running_requests - 1, -1, -1))
         self._tables = torch.zeros(
@@ -91,7 +91,9 @@ class Worker:
             dtype=torch.int64,
             device=self.device,
         )
-        self._table: tuple[tuple[int, ...], Tensor] = ((), self._tables[:0])
+        self._schedule = Schedule()
+        self._members: list[_Running] = []
+        self._table: Tensor | None = None
         self._rows: tuple[StepShape, TokenRows, LogitsRows] | None = None
 
     def available_bytes(self) -> int:
@@ -107,12 +109,8 @@ class Worker:
     @torch.inference_mode()
     def execute(self, shape: StepShape, group: GroupStep) -> GroupOutput | None:
         """Runs one step; the first rank of each attention group gets its answer."""
-        for request_id in group.left:
-            self._slots.append(self._running.pop(request_id).slot)
-        for joined in group.joined:
-            self._join(joined)
-        members = [self._running[request_id] for request_id in group.request_ids]
-        batch = self._batch(shape, group, members)
+        self._take(group)
+        batch = self._batch(shape)
         stream = ResidualStream(
             self.plan.regimes[shape.regime], self.comm, batch.rows, self.wire_dtype
         )
@@ -120,9 +118,9 @@ class Worker:
             self.instrument.in_stream(stream)
         logits = self.model.forward(batch, stream)
         draws = [
-            Draw(member.request, member.tokens, member.computed - tokens, wanted, samples)
-            for member, tokens, wanted, samples in zip(
-                members, group.num_tokens, group.num_logits, group.samples, strict=True
+            Draw(member.request, member.tokens, member.computed - wanted, wanted, samples)
+            for member, wanted, samples in zip(
+                self._members, self._schedule.num_logits, self._schedule.samples, strict=True
             )
             if wanted
         ]
@@ -150,25 +148,44 @@ class Worker:
         own = {mesh.attn_tp} if mesh.attn_tp else set()
         return torch_communicator(self.seat, self.plan.runs() | own)
 
-    def _join(self, joined: Joined) -> None:
-        slot = self._slots.pop()
-        request, pages = joined.request, joined.pages
-        tokens = list(request.prompt_token_ids)
-        self._running[request.request_id] = _Running(request, slot, len(pages), tokens)
-        self._tables[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
+    def _take(self, group: GroupStep) -> None:
+        """Brings the requests, their block tables and the schedule up to date."""
+        for request_id in group.left:
+            self._slots.append(self._running.pop(request_id).slot)
+            self._sampler.forget(request_id)
+        for joined in group.joined:
+            request, pages = joined.request, joined.pages
+            slot = self._slots.pop()
+            self._running[request.request_id] = _Running(
+                request=request,
+                slot=slot,
+                num_pages=len(pages),
+                tokens=[*request.prompt_token_ids, *joined.output_ids],
+                computed=joined.computed,
+            )
+            self._tables[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
+        for request_id, place, page in group.table:
+            member = self._running[request_id]
+            member.num_pages = max(member.num_pages, place + 1)
+            self._tables[member.slot, place] = page
+        if group.schedule is not None:
+            self._schedule = group.schedule
+            self._members = [self._running[request_id] for request_id in group.schedule.request_ids]
+        if group.schedule is not None or group.table:
+            self._table = None
 
-    def _batch(self, shape: StepShape, group: GroupStep, members: list[_Running]) -> Batch:
+    def _batch(self, shape: StepShape) -> Batch:
         ids: list[int] = []
         context_lens: list[int] = []
-        for member, tokens in zip(members, group.num_tokens, strict=True):
+        for member, tokens in zip(self._members, self._schedule.num_tokens, strict=True):
             stop = member.computed + tokens
             ids += member.tokens[member.computed : stop]
             member.computed = stop
             context_lens.append(stop)
         attention = AttentionBatch(
-            query_lens=group.num_tokens,
+            query_lens=self._schedule.num_tokens,
             context_lens=tuple(context_lens),
-            block_tables=self._block_tables(group.request_ids, members),
+            block_tables=self._block_tables(),
             page_size=self.config.page_size,
         )
         positions = attention.positions
@@ -186,17 +203,18 @@ class Worker:
             rank=self.seat.rank,
         )
 
-    def _block_tables(self, request_ids: tuple[int, ...], members: list[_Running]) -> Tensor:
-        """The members' pages, kept while the same requests run: theirs never change."""
-        if self._table[0] != request_ids:
-            slots = torch.tensor([m.slot for m in members], dtype=torch.int64, device=self.device)
-            width = max((member.num_pages for member in members), default=1)
-            self._table = request_ids, self._tables[slots, :width]
-        return self._table[1]
+    def _block_tables(self) -> Tensor:
+        """The members' pages, kept while neither they nor their pages change."""
+        if self._table is None:
+            slots = [member.slot for member in self._members]
+            width = max((member.num_pages for member in self._members), default=1)
+            index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+            self._table = self._tables[index, :width]
+        return self._table
 
     def _row_maps(self, shape: StepShape) -> tuple[TokenRows, LogitsRows]:
         """The step's row maps, kept while steps have the same shape."""
-        if self._rows is None or self._rows[0] != shape:
+        if self._rows is None or self._rows[0] is not shape:
             rows = TokenRows.of(self.seat.mesh, shape.rows, shape.padded)
             self._rows = shape, rows, rows.select(shape.logits_rows)
         return self._rows[1], self._rows[2]

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from isomoe.comm.rendezvous import leave
+from isomoe.engine.child import die_with_parent
 from isomoe.engine.messages import (
     AllocateCache,
     CacheReady,
@@ -23,6 +23,7 @@ from isomoe.engine.messages import (
     Stop,
     WorkerStep,
 )
+from isomoe.engine.step import StepShape
 from isomoe.engine.worker import Worker
 from isomoe.errors import IsomoeError
 
@@ -37,7 +38,7 @@ def main(pipe_fd: int, lifeline_fd: int) -> None:
         pipe_fd: the pipe to the engine core.
         lifeline_fd: a pipe that nobody writes to; its end is the end of the parent.
     """
-    threading.Thread(target=_die_with_parent, args=(lifeline_fd,), daemon=True).start()
+    die_with_parent(lifeline_fd)
     pipe = Connection(pipe_fd)
     try:
         _serve(pipe)
@@ -58,10 +59,13 @@ def _serve(pipe: Connection) -> None:
     progress = _progress(pipe) if launch.rank == 0 else None
     worker = Worker(launch.config, launch.info, launch.rank, launch.port, progress)
     _send(pipe, Loaded(available_bytes=worker.available_bytes()))
+    last: StepShape | None = None
     while True:
         match pickle.loads(pipe.recv_bytes()):
             case WorkerStep(shape=shape, group=group):
-                output = worker.execute(shape, group)
+                last = shape or last
+                assert last is not None
+                output = worker.execute(last, group)
                 if output is not None:
                     _send(pipe, output)
             case AllocateCache(num_pages=num_pages):
@@ -104,9 +108,3 @@ def _report(pipe: Connection, error: Exception) -> None:
 
 def _send(pipe: Connection, message: Any) -> None:
     pipe.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
-
-
-def _die_with_parent(lifeline_fd: int) -> None:
-    """Ends the process when the parent ends, also while a collective blocks."""
-    os.read(lifeline_fd, 1)
-    os._exit(1)

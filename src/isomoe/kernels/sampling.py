@@ -1,6 +1,6 @@
 """From logits to token ids and log-probabilities.
 
-T: rows   V: vocabulary
+T: rows   V: vocabulary   W: words of a bitmask, ceil(V / 32)
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,32 @@ _NUCLEUS = 1024
 _MASK64 = (1 << 64) - 1
 # Colder than this is greedy, as in vLLM: the quotient would leave fp32.
 _COLDEST = 1e-5
+# A repetition penalty beyond these changes no order of tokens any more, but could leave fp32.
+_LEAST_REPETITION, _MOST_REPETITION = 1e-6, 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowPenalties:
+    """Penalties on the tokens that a row's request holds. The tensors lie on the CPU."""
+
+    token_ids: Tensor
+    """[S] int64, distinct."""
+    counts: Tensor
+    """[S] int64: how often the output holds each; 0 for one of the prompt alone."""
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowAdjustment:
+    """What is done to a row's logits before its token is drawn. The tensors lie on the CPU."""
+
+    bias: tuple[Tensor, Tensor] | None = None
+    """[B] int64 token ids, and [B] fp32 what is added to their logits."""
+    penalties: RowPenalties | None = None
+    allowed: Tensor | None = None
+    """[W] int32: token t may be drawn if bit t % 32 of word t // 32 is set; None allows all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +82,33 @@ def top_logprobs(row_logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def pack_bits(allowed: Tensor) -> Tensor:
+    """A bitmask as `RowAdjustment` has it, [W] int32. allowed: [V] bool."""
+    bits = torch.nn.functional.pad(allowed, (0, -allowed.shape[0] % 32)).view(-1, 32).int()
+    return (bits << torch.arange(32, dtype=torch.int32)).sum(dim=1, dtype=torch.int32)
+
+
+def adjust(logits: Tensor, rows: Sequence[RowAdjustment]) -> Tensor:
+    """A copy with each row adjusted as asked, [T, V] fp32. logits: [T, V], any float dtype.
+
+    Bias first; then penalties, repetition before the others; then -inf for what is not allowed.
+    A repetition penalty divides positive logits and multiplies the others, as in transformers.
+    """
+    out = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    biases = [(index, row.bias) for index, row in enumerate(rows) if row.bias is not None]
+    if biases:
+        at = _places(out, [(index, ids) for index, (ids, _) in biases])
+        values = torch.cat([values for _, (_, values) in biases]).to(out.device)
+        out.view(-1).index_put_((at,), values, accumulate=True)
+    penalties = [(i, row.penalties) for i, row in enumerate(rows) if row.penalties is not None]
+    if penalties:
+        _penalize(out, penalties)
+    masks = [(index, row.allowed) for index, row in enumerate(rows) if row.allowed is not None]
+    if masks:
+        _mask(out, masks)
+    return out
+
+
 def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     """One token id a row, [T] int64. logits: [T, V], any float dtype; `rows` has T members.
 
@@ -89,6 +142,38 @@ def _mix(state: int) -> int:
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
     return state ^ (state >> 31)
+
+
+def _places(logits: Tensor, token_ids: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Where the tokens of each row lie in the flattened logits."""
+    vocab = logits.shape[1]
+    return torch.cat([ids + row * vocab for row, ids in token_ids]).to(logits.device)
+
+
+def _penalize(logits: Tensor, penalties: Sequence[tuple[int, RowPenalties]]) -> None:
+    """In place."""
+    each = torch.tensor([(row.repetition, row.presence, row.frequency) for _, row in penalties])
+    sizes = torch.tensor([row.token_ids.shape[0] for _, row in penalties])
+    factors = each.repeat_interleave(sizes, dim=0).to(logits.device)
+    repetition, presence, frequency = factors.unbind(dim=1)
+    repetition = repetition.clamp(_LEAST_REPETITION, _MOST_REPETITION)
+    counts = torch.cat([row.counts for _, row in penalties]).to(logits.device)
+    at = _places(logits, [(index, row.token_ids) for index, row in penalties])
+    flat = logits.view(-1)
+    values = flat[at]
+    values = torch.where(values > 0.0, values / repetition, values * repetition)
+    flat[at] = values - frequency * counts - presence * (counts > 0)
+
+
+def _mask(logits: Tensor, masks: Sequence[tuple[int, Tensor]]) -> None:
+    """In place. A byte of a mask is looked up as eight addends: faster than `masked_fill_`."""
+    device = logits.device
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
+    addends = torch.zeros(256, 8, device=device).masked_fill_(bits & 1 == 0, -torch.inf)
+    packed = torch.stack([mask for _, mask in masks]).to(device).view(torch.uint8)
+    banned = torch.nn.functional.embedding(packed.int(), addends).flatten(1)
+    index = torch.tensor([row for row, _ in masks], device=device)
+    logits.index_add_(0, index, banned[:, : logits.shape[1]])
 
 
 def _draw(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
