@@ -27,6 +27,8 @@ from isomoe.weights import bundled_checkpoint
 
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
+RANDOM = Path(__file__).parent / "random-0.5b"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -149,21 +151,7 @@ def bytes_per_step(model_path: Path, batch: int) -> float:
 def random_checkpoint(folder: Path) -> Path:
     """A random Qwen3-MoE of 0.5 B parameters, saved in bf16."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=32768,
-        hidden_size=768,
-        intermediate_size=2048,
-        moe_intermediate_size=256,
-        num_hidden_layers=24,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        num_experts=32,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
+    config = Qwen3MoeConfig.from_pretrained(RANDOM)
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     print(f"random checkpoint: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters")
