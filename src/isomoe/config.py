@@ -9,6 +9,11 @@ from isomoe.layout import Parallelism
 
 E = TypeVar("E", bound=StrEnum)
 
+OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive"}
+"""What must be in the environment before torch is loaded, where nothing else is. Threads that wait
+for one another must sleep: if they spin, any other load on their cores makes small steps up to
+twenty times slower."""
+
 
 class LoadFormat(StrEnum):
     """Where weights come from."""

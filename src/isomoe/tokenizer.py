@@ -80,6 +80,11 @@ class Tokenizer:
         text: str = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    @cached_property
+    def longest_token(self) -> int:
+        """The most bytes that one token stands for."""
+        return max(len(token.encode()) for token in self.hf.get_vocab())
+
     def stream(self) -> "TextStream":
         """Text as its tokens come, without special tokens.
 

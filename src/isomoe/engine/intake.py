@@ -29,6 +29,21 @@ class Intake:
         self._grammars = info.grammars()
         self._ids = count()
 
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt.
+
+        Raises:
+            RequestError: if it is so long that it cannot fit: to find out how many tokens a text
+                has takes time, and for one long word, time that grows faster than the word.
+        """
+        limit = self.info.context_length
+        if len(text) > limit * self.tokenizer.longest_token:
+            raise RequestError(
+                f"a text of {len(text)} characters does not fit the context length of {limit} "
+                "tokens; shorten it"
+            )
+        return self.tokenizer.encode(text, add_special_tokens)
+
     def request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Request:
         """The request for a prompt.
 

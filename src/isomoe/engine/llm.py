@@ -172,8 +172,8 @@ class LLM:
 
     def _admit(self, prompt: Prompt, params: SamplingParams, name: str) -> Transcript:
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         try:
+            ids = self._intake.encode(prompt) if isinstance(prompt, str) else prompt
             return Transcript(self._intake.request(ids, params), text)
         except RequestError as error:
             raise RequestError(f"{name}{error}", error.status) from None

@@ -13,9 +13,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from isomoe.child import start_child
 from isomoe.comm.rendezvous import Rendezvous
 from isomoe.config import EngineConfig
-from isomoe.engine.child import start_child
 from isomoe.engine.executor import Executor, Progress
 from isomoe.engine.messages import (
     AllocateCache,

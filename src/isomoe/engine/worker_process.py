@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from isomoe.child import die_with_parent
 from isomoe.comm.rendezvous import leave
-from isomoe.engine.child import die_with_parent
 from isomoe.engine.messages import (
     AllocateCache,
     CacheReady,

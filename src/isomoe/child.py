@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
+from isomoe.config import OPENMP_DEFAULTS
+
 
 def start_child(
     call: str, fds: Sequence[int], environment: Mapping[str, str] | None = None
@@ -28,7 +30,7 @@ def start_child(
         stdin=subprocess.DEVNULL,
         stdout=2,
         pass_fds=fds,
-        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        env={**OPENMP_DEFAULTS, **os.environ, "PYTHONPATH": path, **(environment or {})},
         process_group=0,
     )
 
