@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,14 +10,17 @@ from importlib.util import find_spec
 from typing import NoReturn
 
 from isomoe import __version__
+from isomoe.config import OPENMP_DEFAULTS
 from isomoe.errors import IsomoeError
 
 COMMANDS = {
+    "serve": "serve a model over HTTP, as OpenAI's, SGLang's and vLLM's clients expect",
     "generate": "generate text from prompts",
     "plan": "print which collectives a model runs under a layout, and what they cost",
     "prove": "prove that every plan sums every contribution exactly once, without weights",
     "parity": "compare tokens and log-probabilities of two layouts, engines or servers",
     "eval": "score a model on a task",
+    "bench": "measure a server",
 }
 """Name -> one line of help. The module of a command is `isomoe.cli.<name>`; it has `NAME`, `HELP`,
 `add_arguments(parser)` and `run(args) -> int`."""
@@ -24,6 +28,7 @@ COMMANDS = {
 EXIT_WRONG_USE = 2
 EXIT_DEFECT = 70
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,13 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Returns:
-        0 if it holds, 1 if it does not, 2 for wrong use, 70 for a defect of ours, 130 for Ctrl-C.
+        0 if it holds, 1 if it does not, 2 for wrong use, 70 for a defect of ours, 130 for Ctrl-C,
+        143 for SIGTERM. A server ends with 0 after either of these.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for name, value in OPENMP_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _run(words)
         sys.stdout.flush()
         return code
+    except _Terminated:
+        return EXIT_TERMINATED
     except IsomoeError as error:
         print(f"isomoe: error: {error}", file=sys.stderr)
         return EXIT_WRONG_USE
@@ -62,6 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_DEFECT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: as with Ctrl-C, what was started is ended."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _Terminated
 
 
 def _run(words: list[str]) -> int:

@@ -1,0 +1,370 @@
+"""The engine as the HTTP front end sees it: requests in, deltas out, nothing that blocks.
+
+Three threads beside the engine's own process:
+    the event loop      owns all that is here, and is the only one that sends
+    the receiver        decodes what the engine answers, turns tokens to text, and wakes the loop
+    a small pool        tokenizes, renders chat templates and checks requests
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
+from typing import Any, Self, TypeVar
+
+from isomoe.engine import FinishReason, Request, SamplingParams
+from isomoe.engine.executor import Progress
+from isomoe.engine.intake import Intake
+from isomoe.engine.model_info import ModelInfo
+from isomoe.engine.outputs import Delta
+from isomoe.engine.reply import Reply
+from isomoe.errors import ConfigError, EngineDeadError, IsomoeError, RequestError
+from isomoe.server.config import ServerConfig
+from isomoe.server.engine_link import LOOK_MS, EngineLink
+from isomoe.server.messages import (
+    CacheFlushed,
+    Cancel,
+    EngineState,
+    FlushCache,
+    FromEngine,
+    GetState,
+    Ready,
+    StepResult,
+    StepStats,
+    Submit,
+    ToEngine,
+)
+from isomoe.server.metrics import FinishedRequest, Metrics
+from isomoe.server.open_request import OpenRequest
+from isomoe.tokenizer import Tokenizer
+
+_POOL_THREADS = 2
+
+Prompt = str | Sequence[int]
+T = TypeVar("T")
+
+
+class AsyncEngine:
+    """An engine in a process of its own.
+
+    `start` runs it; then `attach` it to the event loop that will use it, once.
+
+    Attributes:
+        dead: why the engine is gone; None while it lives.
+        died: set with it.
+    """
+
+    def __init__(
+        self, config: ServerConfig, info: ModelInfo, link: EngineLink, ready: Ready
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.plan = ready.plan
+        self.limits = ready.limits
+        self.worker_pids = ready.worker_pids
+        self.metrics = Metrics()
+        self.tokenizer = Tokenizer(info.folder, config.chat_template)
+        self.dead: str | None = None
+        self.died = asyncio.Event()
+        self._link = link
+        self._intake = Intake(info, ready.limits, self.tokenizer, config.engine.random_seed)
+        self._capacity = config.max_queued_requests + (
+            config.engine.max_running_requests * ready.limits.attn_dp_size
+        )
+        self._open: dict[int, OpenRequest] = {}
+        self._arriving = 0
+        self._token_texts: dict[int, str] = {}
+        self._states: list[asyncio.Future[EngineState]] = []
+        self._flushes: list[asyncio.Future[bool]] = []
+        self._pool = ThreadPoolExecutor(_POOL_THREADS, "tokenizer")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = Event()
+        self._receiver = Thread(target=self._receive, name="receiver", daemon=True)
+
+    @classmethod
+    def start(cls, config: ServerConfig, progress: Progress | None = None) -> Self:
+        """Starts the engine process and waits until it has its weights.
+
+        Raises:
+            ConfigError: if the settings fit neither one another nor the model.
+            CheckpointError: if the checkpoint cannot be read.
+            EngineDeadError: if the process ended for another reason.
+        """
+        info = ModelInfo.of(config.engine)
+        tokenizer = Tokenizer(info.folder, config.chat_template)
+        if tokenizer.exists:
+            tokenizer.stream()  # what is wrong with it is said before any weight is read
+        elif config.chat_template is not None:
+            raise ConfigError(f"--chat-template: {info.folder} has no tokenizer to use it")
+        link = EngineLink()
+        try:
+            return cls(config, info, link, link.launch(config.engine, progress))
+        except BaseException:
+            link.shutdown()
+            raise
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can be used."""
+        return self.tokenizer.exists
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        if self.config.served_model_name is not None:
+            return self.config.served_model_name
+        path = self.config.engine.model_path
+        return self.info.folder.name if path is None else path.rstrip("/")
+
+    @property
+    def pid(self) -> int:
+        """Of the engine process."""
+        return self._link.pid
+
+    @property
+    def num_open(self) -> int:
+        """Requests under way."""
+        return len(self._open)
+
+    def attach(self) -> None:
+        """Begins to serve the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._receiver.start()
+
+    def shutdown(self) -> None:
+        """Ends the engine process. May be called twice."""
+        self._stopping.set()
+        if self._receiver.is_alive():
+            self._receiver.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._link.shutdown()
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text.
+
+        Raises:
+            RequestError: if it cannot fit the context.
+        """
+        return await self._in_pool(lambda: self._intake.encode(text, add_special_tokens))
+
+    async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return await self._in_pool(lambda: self.tokenizer.decode(token_ids, skip_special_tokens))
+
+    async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as a text of its own, special ones too."""
+        known = self._token_texts
+        missing = {token for token in token_ids if token not in known}
+        if missing:
+            texts = await self._in_pool(lambda: [self.tokenizer.token(token) for token in missing])
+            known.update(zip(missing, texts, strict=True))
+        return [known[token] for token in token_ids]
+
+    async def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **settings: Any,
+    ) -> str:
+        """Messages as the text that asks for the assistant's answer.
+
+        Args:
+            settings: of the template.
+
+        Raises:
+            RequestError: if there is no template, or it refuses the messages.
+        """
+        return await self._in_pool(lambda: self.tokenizer.chat(messages, tools, **settings))
+
+    async def submit(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+    ) -> OpenRequest:
+        """Begins a request.
+
+        Raises:
+            RequestError: if it cannot be served: 400, or 429 if the queue is full.
+            EngineDeadError: if the engine is gone.
+        """
+        self._check_alive()
+        if len(self._open) + self._arriving >= self._capacity:
+            raise RequestError(
+                f"{self._capacity} requests are running or waiting, which is the most that "
+                "--max-running-requests and --max-queued-requests allow; try again later",
+                429,
+            )
+        text = prompt if isinstance(prompt, str) else None
+        self._arriving += 1
+        try:
+            request = await self._in_pool(lambda: self._request(prompt, params))
+        finally:
+            self._arriving -= 1
+        self._check_alive()
+        opened = OpenRequest(
+            request_id or f"req-{request.request_id}",
+            request,
+            text,
+            Reply(request, self.tokenizer),
+            self._cancel,
+        )
+        self._open[request.request_id] = opened
+        limit = self.config.request_timeout_seconds
+        if limit is not None:
+            assert self._loop is not None
+            opened.timer = self._loop.call_later(limit, self._time_out, opened)
+        self._send(Submit(request))
+        return opened
+
+    def abort(self, request_id: str | None = None) -> int:
+        """Ends open requests early, all of them without an id; returns how many."""
+        chosen = [one for one in self._open.values() if request_id in (None, one.request_id)]
+        for one in chosen:
+            one.add(Delta(finish_reason=FinishReason.ABORT), self.metrics)
+            self._drop(one, str(FinishReason.ABORT))
+        self._send_cancel(chosen)
+        return len(chosen)
+
+    def end_all(self, reason: str) -> None:
+        """Ends every open request with a 503 that says why."""
+        chosen = list(self._open.values())
+        for one in chosen:
+            self._drop(one, "error", RequestError(reason, 503))
+        self._send_cancel(chosen)
+
+    async def flush_cache(self) -> bool:
+        """Forgets all cached prefixes; False, and nothing done, while requests are about."""
+        return await self._ask(FlushCache(), self._flushes)
+
+    async def state(self) -> EngineState:
+        """The engine between two steps."""
+        return await self._ask(GetState(), self._states)
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self._intake.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._intake.request(ids, params)
+
+    async def _in_pool(self, work: Callable[[], T]) -> T:
+        assert self._loop is not None
+        return await self._loop.run_in_executor(self._pool, work)
+
+    async def _ask(self, question: ToEngine, askers: list[asyncio.Future[T]]) -> T:
+        """Answers come in the order of the questions."""
+        self._check_alive()
+        assert self._loop is not None
+        asker: asyncio.Future[T] = self._loop.create_future()
+        askers.append(asker)
+        self._send(question)
+        return await asker
+
+    def _check_alive(self) -> None:
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
+
+    def _send(self, message: ToEngine) -> None:
+        if self.dead is None:
+            self._link.send(message)
+
+    def _send_cancel(self, requests: Sequence[OpenRequest]) -> None:
+        if requests:
+            self._send(Cancel([one.request.request_id for one in requests]))
+
+    def _cancel(self, opened: OpenRequest) -> None:
+        if opened.request.request_id in self._open:
+            self._drop(opened, str(FinishReason.ABORT))
+            self._send_cancel([opened])
+
+    def _time_out(self, opened: OpenRequest) -> None:
+        if opened.request.request_id in self._open:
+            limit = self.config.request_timeout_seconds
+            self._drop(opened, "error", RequestError(f"not finished within {limit:g} s", 504))
+            self._send_cancel([opened])
+
+    def _drop(self, opened: OpenRequest, outcome: str, error: IsomoeError | None = None) -> None:
+        """Takes a request that has ended off the list."""
+        del self._open[opened.request.request_id]
+        opened.end(error)
+        times = opened.times
+        assert times.end is not None
+        first = None if times.first_token is None else times.first_token - times.arrival
+        self.metrics.on_request(
+            FinishedRequest(
+                prompt_tokens=len(opened.prompt_token_ids),
+                output_tokens=opened.output_tokens,
+                cached_tokens=opened.cached_tokens,
+                time_to_first_token=first,
+                end_to_end=times.end - times.arrival,
+                outcome=outcome,
+            )
+        )
+
+    def _receive(self) -> None:
+        """The receiver thread."""
+        try:
+            while not self._stopping.is_set():
+                message = self._link.receive(LOOK_MS)
+                match message:
+                    case None:
+                        continue
+                    case StepResult(updates=updates, stats=stats):
+                        brought = []
+                        for update in updates:
+                            opened = self._open.get(update.request_id)
+                            if opened is not None and opened.reply.finish_reason is None:
+                                delta = opened.reply.take(update)
+                                brought.append((opened, delta, update.finish_reason is None))
+                        self._on_loop(lambda b=brought, s=stats: self._deliver(b, s))  # type: ignore[misc]
+                    case _:
+                        self._on_loop(lambda m=message: self._answer(m))  # type: ignore[misc]
+        except EngineDeadError as error:
+            reason = str(error)
+        except Exception as error:
+            reason = f"the receiver failed: {type(error).__name__}: {error}"
+        else:
+            return
+        self._on_loop(lambda: self._die(reason))
+
+    def _on_loop(self, call: Callable[[], None]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)
+
+    def _deliver(
+        self, brought: Sequence[tuple[OpenRequest, Delta, bool]], stats: StepStats
+    ) -> None:
+        """What a step brought: (request, delta, whether the engine would go on with it)."""
+        self.metrics.on_step(stats)
+        stopped = []
+        for opened, delta, goes_on in brought:
+            if opened.request.request_id not in self._open:  # closed meanwhile
+                continue
+            opened.add(delta, self.metrics)
+            if delta.finish_reason is not None:
+                self._drop(opened, str(delta.finish_reason))
+                if goes_on:
+                    stopped.append(opened)
+        self._send_cancel(stopped)
+
+    def _answer(self, message: FromEngine) -> None:
+        match message:
+            case EngineState():
+                _give(self._states, message)
+            case CacheFlushed(done=done):
+                _give(self._flushes, done)
+            case _:
+                raise AssertionError(f"the engine sent {message}")
+
+    def _die(self, reason: str) -> None:
+        self.dead = reason
+        error = EngineDeadError(reason)
+        for opened in list(self._open.values()):
+            self._drop(opened, "error", error)
+        askers: tuple[asyncio.Future[Any], ...] = (*self._states, *self._flushes)
+        for asker in askers:
+            if not asker.done():
+                asker.set_exception(error)
+        self.died.set()
+
+
+def _give(askers: list[asyncio.Future[T]], answer: T) -> None:
+    asker = askers.pop(0)
+    if not asker.done():
+        asker.set_result(answer)
