@@ -8,6 +8,7 @@ and others take their place in every step. A step is formed, its messages to the
 """
 
 import argparse
+import gc
 import json
 import pickle
 import random
@@ -51,6 +52,7 @@ def main() -> None:
         scheduler.add(request)
         added += 1
 
+    gc.freeze()  # as the engine process does once it is loaded
     rows: list[dict[str, float]] = []
     shape = None
     for index in range(WARM_UP + STEPS):

@@ -125,5 +125,5 @@ def _with_logprobs(updates: list[Update], schedule: Schedule, output: GroupOutpu
     for request_id, scored in output.prompt_logprobs.items():
         if request_id not in by_id:
             by_id[request_id] = Update(request_id)
-        by_id[request_id].prompt_logprobs = scored
+        by_id[request_id].prompt_logprobs = tuple(scored)
     return list(by_id.values())

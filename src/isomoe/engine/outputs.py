@@ -1,6 +1,6 @@
 """What a request gets back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Update:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     logprob: TokenLogprob | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

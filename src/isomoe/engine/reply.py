@@ -37,7 +37,7 @@ class Reply:
             text=text,
             token_ids=() if token is None else (token,),
             logprobs=() if update.logprob is None else (update.logprob,),
-            prompt_logprobs=tuple(update.prompt_logprobs),
+            prompt_logprobs=update.prompt_logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             cached_tokens=update.cached_tokens,

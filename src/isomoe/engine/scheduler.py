@@ -1,5 +1,6 @@
 """The one place that decides what every rank does in every step. No torch, no model."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -71,31 +72,30 @@ class _Member:
 
     Attributes:
         tokens: prompt and output so far.
+        stop_ids: the request's.
         end: its tokens when max_tokens are generated.
         unscored: its first prompt row whose logits are still wanted; None if none is.
         group: where it runs; None while it waits.
         pages: in the order of its tokens.
         nodes: of its first pages, which belong to the prefix cache; the others are its own.
         computed: tokens whose keys are cached, this step's included once it is scheduled.
+        decodes: whether all but the last token, which was sampled here, are.
+        publish_at: when so many are, one more page is full for the prefix cache.
         cached: prompt tokens that it found in the cache when it first ran; None until it has run.
     """
 
     request: Request
     tokens: list[int]
+    stop_ids: frozenset[int]
     end: int
     unscored: int | None
     group: "_Group | None" = None
     pages: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     computed: int = 0
+    decodes: bool = False
+    publish_at: float = math.inf
     cached: int | None = None
-
-    @property
-    def decodes(self) -> bool:
-        """Whether its next step is one token after the last."""
-        return self.computed == len(self.tokens) - 1 and self.computed >= len(
-            self.request.prompt_token_ids
-        )
 
 
 class _Group:
@@ -196,6 +196,7 @@ class Scheduler:
         member = _Member(
             request=request,
             tokens=list(prompt),
+            stop_ids=request.stop_ids,
             end=len(prompt) + request.max_tokens,
             unscored=max(0, request.params.prompt_logprobs_start - 1) if scored else None,
         )
@@ -308,6 +309,8 @@ class Scheduler:
         need = pages_for(len(member.tokens), self.limits.page_size) - len(nodes)
         member.pages = [*[node.page for node in nodes], *cache.allocate(need)]
         member.computed = len(nodes) * self.limits.page_size
+        if self.limits.prefix_cache:
+            member.publish_at = member.computed + self.limits.page_size
         if member.cached is None:
             member.cached = member.computed
         member.group = group
@@ -327,21 +330,20 @@ class Scheduler:
         self._decode(group)
         if group.steady:
             return group.part(None)
-        rows = [(member, 1) for member in group.running if member.decodes]
-        num_decodes = len(rows)
-        budget = self.limits.max_prefill_tokens
-        if num_decodes < len(group.running):
-            for member in group.running:
-                if budget and not member.decodes:
-                    left = len(member.tokens) - member.computed
-                    rows.append((member, min(left, budget, self.limits.chunked_prefill_size)))
-                    budget -= rows[-1][1]
-        num_logits = [1] * num_decodes
-        samples = [True] * num_decodes
-        for member, _ in rows[:num_decodes]:
+        chosen = [member for member in group.running if member.decodes]
+        group.steady = len(chosen) == len(group.running)
+        num_tokens = [1] * len(chosen)
+        num_logits = [1] * len(chosen)
+        samples = [True] * len(chosen)
+        for member in chosen:
             member.computed += 1
-        for member, tokens in rows[num_decodes:]:
+        budget = self.limits.max_prefill_tokens
+        for member in () if group.steady else group.running:
+            if member.decodes or not budget:
+                continue
             begin = member.computed
+            tokens = min(len(member.tokens) - begin, budget, self.limits.chunked_prefill_size)
+            budget -= tokens
             member.computed += tokens
             last = member.computed == len(member.tokens) and member.end > len(member.tokens)
             wanted = int(last)
@@ -349,15 +351,16 @@ class Scheduler:
                 wanted = member.computed - max(begin, member.unscored)
                 scored = member.computed >= len(member.request.prompt_token_ids)
                 member.unscored = None if scored else member.computed
+            chosen.append(member)
+            num_tokens.append(tokens)
             num_logits.append(wanted)
             samples.append(last)
         group.schedule = Schedule(
-            request_ids=tuple([member.request.request_id for member, _ in rows]),
-            num_tokens=tuple([tokens for _, tokens in rows]),
+            request_ids=tuple([member.request.request_id for member in chosen]),
+            num_tokens=tuple(num_tokens),
             num_logits=tuple(num_logits),
             samples=tuple(samples),
         )
-        group.steady = num_decodes == len(group.running)
         return group.part(group.schedule)
 
     def _decode(self, group: _Group) -> None:
@@ -389,8 +392,7 @@ class Scheduler:
         self._waiting.appendleft(member)
 
     def _advance(self, schedule: Schedule, token_ids: Sequence[int]) -> list[Update]:
-        members, size = self._members, self.limits.page_size
-        publishes = self.limits.prefix_cache
+        members = self._members
         updates: list[Update] = []
         drawn = iter(token_ids)
         for request_id, samples in zip(schedule.request_ids, schedule.samples, strict=True):
@@ -398,20 +400,24 @@ class Scheduler:
             member = members.get(request_id)
             if member is None:  # removed while the step ran
                 continue
-            if publishes and member.computed - len(member.nodes) * size >= size:
+            if member.computed >= member.publish_at:
                 self._publish(member)
             reason = None
             if token is not None:
                 member.tokens.append(token)
-                if token in member.request.stop_ids:
+                if token in member.stop_ids:
                     reason = FinishReason.STOP
                 elif len(member.tokens) >= member.end:
                     reason = FinishReason.LENGTH
+                else:
+                    member.decodes = True
             elif member.computed == len(member.tokens) == member.end:
                 reason = FinishReason.LENGTH
             else:
                 continue
-            cached, member.cached = member.cached or 0, 0
+            cached = member.cached or 0
+            if cached:
+                member.cached = 0
             if reason is not None:
                 del members[request_id]
                 self._leave(member)
@@ -434,6 +440,7 @@ class Scheduler:
                 group.cache.pool.release([page])
                 member.pages[index] = node.page
                 group.table.append((member.request.request_id, index, node.page))
+        member.publish_at = (len(member.nodes) + 1) * self.limits.page_size
 
     def _leave(self, member: _Member) -> None:
         group = member.group
@@ -443,6 +450,7 @@ class Scheduler:
         group.cache.pool.release(member.pages[len(member.nodes) :])
         group.cache.release(member.nodes)
         member.group, member.pages, member.nodes, member.computed = None, [], [], 0
+        member.decodes = False
         request_id = member.request.request_id
         group.table = [change for change in group.table if change[0] != request_id]
         for index, joined in enumerate(group.joined):
