@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from isomoe.cli.options import add_engine_options, engine_config_from
 from isomoe.cli.progress import progress_bar
+from isomoe.config import choice
 from isomoe.errors import ConfigError
-from isomoe.server.config import ServerConfig
+from isomoe.server.config import SamplingDefaults, ServerConfig
 
 if TYPE_CHECKING:
     from isomoe.server.async_engine import AsyncEngine
@@ -52,6 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template",
         metavar="FILE",
         help="a Jinja template instead of the tokenizer's",
+    )
+    group.add_argument(
+        "--sampling-defaults",
+        default=str(default.sampling_defaults),
+        metavar="WHOSE",
+        help=f"{', '.join(SamplingDefaults)}: temperature, top_p and the like of requests that "
+        "name none are those of the checkpoint's generation_config.json, or OpenAI's "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--max-queued-requests",
@@ -101,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         api_key=os.environ.get("ISOMOE_API_KEY") if args.api_key is None else args.api_key,
         served_model_name=args.served_model_name,
         chat_template=args.chat_template,
+        sampling_defaults=choice(SamplingDefaults, args.sampling_defaults, "--sampling-defaults"),
         max_queued_requests=args.max_queued_requests,
         max_request_bytes=args.max_request_bytes,
         request_timeout_seconds=args.request_timeout_seconds,

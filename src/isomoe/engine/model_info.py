@@ -7,7 +7,8 @@ from typing import Any
 
 from isomoe.config import Device, DType, EngineConfig, LoadFormat
 from isomoe.engine.grammar import GrammarFactory
-from isomoe.errors import ConfigError
+from isomoe.engine.sampling_params import SamplingParams
+from isomoe.errors import ConfigError, RequestError
 from isomoe.models import HFConfig, read_config
 from isomoe.tokenizer import Tokenizer, has_tokenizer
 from isomoe.weights import resolve
@@ -25,6 +26,7 @@ class ModelInfo:
         context_length: the most tokens of a request.
         vocab_size: token ids are below it.
         eos_token_ids: the tokens that end a text.
+        sampling_defaults: fields of `SamplingParams` that generation_config.json sets.
     """
 
     folder: Path
@@ -34,6 +36,7 @@ class ModelInfo:
     context_length: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    sampling_defaults: dict[str, float]
 
     @classmethod
     def of(cls, config: EngineConfig) -> "ModelInfo":
@@ -57,6 +60,7 @@ class ModelInfo:
             context_length=_context_length(config.context_length, hf_config),
             vocab_size=hf_config["vocab_size"],
             eos_token_ids=_eos_token_ids(folder, hf_config),
+            sampling_defaults=_sampling_defaults(folder),
         )
 
     def grammars(self) -> GrammarFactory:
@@ -98,6 +102,22 @@ def _eos_token_ids(folder: Path, hf_config: HFConfig) -> frozenset[int]:
     if not found and has_tokenizer(folder):
         found = _ids(Tokenizer(folder).eos_token_id)
     return frozenset(found)
+
+
+def _sampling_defaults(folder: Path) -> dict[str, float]:
+    """Those that vLLM and SGLang take from there.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    config = _generation_config(folder)
+    found = {name: config[name] for name in names if config.get(name) is not None}
+    try:
+        SamplingParams(**found)
+    except RequestError as error:
+        raise ConfigError(f"{folder}/generation_config.json: {error}") from None
+    return found
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from http import HTTPStatus
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from isomoe import __version__
@@ -57,7 +57,6 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     app.add_exception_handler(EngineDeadError, _foreseen)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnect, _gone)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=config.max_request_bytes)
     if config.api_key is not None:
@@ -85,8 +84,3 @@ async def _http(request: Request, error: Exception) -> Response:
     unsaid = error.detail == HTTPStatus(error.status_code).phrase
     message = own.get(error.status_code, error.detail) if unsaid else error.detail
     return error_response(message, error.status_code, headers=error.headers)
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    """Nobody reads it; the log does."""
-    return Response(status_code=499)

@@ -19,7 +19,7 @@ from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.outputs import Delta
 from isomoe.engine.reply import Reply
 from isomoe.errors import ConfigError, EngineDeadError, IsomoeError, RequestError
-from isomoe.server.config import ServerConfig
+from isomoe.server.config import SamplingDefaults, ServerConfig
 from isomoe.server.engine_link import LOOK_MS, EngineLink
 from isomoe.server.messages import (
     CacheFlushed,
@@ -107,6 +107,12 @@ class AsyncEngine:
     def has_tokenizer(self) -> bool:
         """Whether text can be used."""
         return self.tokenizer.exists
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Fields of `SamplingParams` for requests that leave them open."""
+        by_model = self.config.sampling_defaults is SamplingDefaults.MODEL
+        return self.info.sampling_defaults if by_model else {}
 
     @property
     def model_name(self) -> str:

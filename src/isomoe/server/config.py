@@ -1,11 +1,19 @@
 """The settings of one server."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from isomoe.config import EngineConfig
 from isomoe.errors import ConfigError
 
 _HIGHEST_PORT = 65535
+
+
+class SamplingDefaults(StrEnum):
+    """The checkpoint's generation_config.json, or OpenAI's."""
+
+    MODEL = "model"
+    OPENAI = "openai"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +27,7 @@ class ServerConfig:
         api_key: what clients must bring as a bearer token; None lets everyone in.
         served_model_name: what clients call the model; None is the last part of its path.
         chat_template: a file with a Jinja template that replaces the tokenizer's.
+        sampling_defaults: where the values come from that a request leaves open.
         max_queued_requests: requests that may wait beside those that run; more get 429.
         max_request_bytes: of a request's body; more gets 413.
         request_timeout_seconds: from a request's arrival to its end; None is without limit.
@@ -35,6 +44,7 @@ class ServerConfig:
     api_key: str | None = field(default=None, repr=False)
     served_model_name: str | None = None
     chat_template: str | None = None
+    sampling_defaults: SamplingDefaults = SamplingDefaults.MODEL
     max_queued_requests: int = 1024
     max_request_bytes: int = 16 << 20
     request_timeout_seconds: float | None = None

@@ -171,7 +171,10 @@ async def _open(engine: AsyncEngine, item: Item) -> _Output:
                 scoring["prompt_logprobs"] = item.top
                 scoring["prompt_logprobs_start"] = item.start + 1
     params = item.sampling.params(
-        engine.info.context_length, detokenize=engine.has_tokenizer, **scoring
+        engine.sampling_defaults,
+        engine.info.context_length,
+        detokenize=engine.has_tokenizer,
+        **scoring,
     )
     return _Output(item, await engine.submit(prompt, params, item.rid))
 

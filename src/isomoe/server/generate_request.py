@@ -4,7 +4,7 @@ Names and meanings are those of SGLang's `GenerateReqInput` and `SamplingParams`
 change the answer and are not supported are refused, others ignored.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -49,7 +49,7 @@ class SamplingFields(BaseModel):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
     sampling_seed: int | None = None
-    stop: str | Texts | None = Field(None, max_length=MAX_STOP)
+    stop: str | Annotated[Texts, Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -61,8 +61,10 @@ class SamplingFields(BaseModel):
     stop_regex: Unsupported = None
     no_stop_trim: Unsupported = None
 
-    def params(self, context_length: int, **more: Any) -> SamplingParams:
-        """The engine's own, with `more` of its fields.
+    def params(
+        self, defaults: Mapping[str, Any], context_length: int, **more: Any
+    ) -> SamplingParams:
+        """The engine's own, with `more` of its fields, and `defaults` for what is left open.
 
         Raises:
             RequestError: if a value is out of range.
@@ -92,7 +94,7 @@ class SamplingFields(BaseModel):
             "regex": self.regex,
         }
         given = {name: value for name, value in fields.items() if value is not None}
-        return SamplingParams(**given, **more)
+        return SamplingParams(**{**defaults, **given, **more})
 
 
 class GenerateRequest(BaseModel):

@@ -38,7 +38,7 @@ _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # pro
 _TYPE_NAMES = {"bool", "dict", "float", "int", "none", "str"}
 _DONE = b"data: [DONE]\n\n"
 
-_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+"', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+"?', re.DOTALL)  # an open one ends with the text
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

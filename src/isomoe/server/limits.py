@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isomoe.server.http import describe, error_response
@@ -89,6 +90,8 @@ class LastResort:
 
         try:
             await self._app(scope, receive, observed)
+        except ClientDisconnect:
+            raise  # nobody is left to answer
         except Exception as error:
             if started or scope["type"] != "http":
                 raise  # all that is left is to break the connection, which the server does

@@ -14,6 +14,7 @@ from time import monotonic
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isomoe.server.metrics import FinishedRequest, Metrics
@@ -31,7 +32,7 @@ class RequestLine:
 
     Attributes:
         request_id: the client's X-Request-Id, or one of our own.
-        status: None until the answer starts.
+        status: None until the answer starts; 499 if the client went away before it ended.
         body, answer: their first bytes, if they are to be logged.
     """
 
@@ -76,7 +77,10 @@ def current_line() -> RequestLine | None:
 
 
 class RequestLog:
-    """Middleware: gives each request its id and its line."""
+    """Middleware: gives each request its id and its line.
+
+    A `ClientDisconnect` ends here: the line tells of it.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, contents: bool) -> None:
         self._app = app
@@ -106,6 +110,8 @@ class RequestLog:
         token = _current.set(line)
         try:
             await self._app(scope, observed_receive, observed_send)
+        except ClientDisconnect:
+            line.status = _CLIENT_GONE
         finally:
             _current.reset(token)
             line.status = line.status or _CLIENT_GONE

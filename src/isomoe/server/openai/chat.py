@@ -98,6 +98,7 @@ async def stream_chat(
 
 def _sampling(engine: AsyncEngine, body: ChatRequest, use: ToolUse) -> list[SamplingParams]:
     return body.sampling(
+        engine.sampling_defaults,
         engine.info.context_length,
         detokenize=engine.has_tokenizer,
         json_schema=use.json_schema,

@@ -19,7 +19,7 @@ async def complete(engine: AsyncEngine, body: CompletionRequest) -> dict[str, An
         RequestError: if the request cannot be served.
         EngineDeadError: if the engine is gone.
     """
-    params = body.sampling(detokenize=engine.has_tokenizer)
+    params = body.sampling(engine.sampling_defaults, detokenize=engine.has_tokenizer)
     head = envelope("cmpl", "text_completion", engine.model_name)
     prompts = await _read(engine, body)
     usage = Usage([len(prompt.token_ids) for prompt in prompts], len(params))
@@ -43,7 +43,7 @@ async def stream_completion(
     Raises:
         As `complete`.
     """
-    params = body.sampling(detokenize=engine.has_tokenizer)
+    params = body.sampling(engine.sampling_defaults, detokenize=engine.has_tokenizer)
     head = envelope("cmpl", "text_completion", engine.model_name)
     prompts = await _read(engine, body)
     usage = Usage([len(prompt.token_ids) for prompt in prompts], len(params))

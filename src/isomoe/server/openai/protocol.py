@@ -5,6 +5,7 @@ the default, and a field that would change the output but is not supported is re
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -178,10 +179,11 @@ class SamplingFields(_Part):
         options = self.stream_options
         return self.includes_usage and bool(options and options.continuous_usage_stats)
 
-    def params(self, **own: Any) -> list[SamplingParams]:
+    def params(self, defaults: Mapping[str, Any], **own: Any) -> list[SamplingParams]:
         """One for each choice; with a seed, each has the next one.
 
         Args:
+            defaults: for fields that the body leaves open.
             own: what the kinds of completion do not share; None is the default.
 
         Raises:
@@ -197,7 +199,7 @@ class SamplingFields(_Part):
             **own,
         }
         asked = {name: value for name, value in given.items() if value is not None}
-        first = SamplingParams(**asked | self._form())
+        first = SamplingParams(**{**defaults, **asked, **self._form()})
         if self.seed is None:
             return [first] * (self.n or 1)
         seeds = [
@@ -254,7 +256,7 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool | None = None
     suffix: Unsupported = None
 
-    def sampling(self, **own: Any) -> list[SamplingParams]:
+    def sampling(self, defaults: Mapping[str, Any], **own: Any) -> list[SamplingParams]:
         """As `params`, with what only this kind of completion has."""
         n = self.n or 1
         if self.best_of is not None and self.best_of != n:
@@ -266,6 +268,7 @@ class CompletionRequest(SamplingFields):
             )
         wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return self.params(
+            defaults,
             max_tokens=self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=max((top for top in wanted if top is not None), default=None),
@@ -381,7 +384,9 @@ class ChatRequest(SamplingFields):
     function_call: Unsupported = None
     echo: Unsupported = None
 
-    def sampling(self, context_length: int, **own: Any) -> list[SamplingParams]:
+    def sampling(
+        self, defaults: Mapping[str, Any], context_length: int, **own: Any
+    ) -> list[SamplingParams]:
         """As `params`, with what only this kind of completion has."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true")
@@ -389,6 +394,7 @@ class ChatRequest(SamplingFields):
         if most is None:
             most = context_length if self.max_tokens is None else self.max_tokens
         return self.params(
+            defaults,
             max_tokens=most,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,
