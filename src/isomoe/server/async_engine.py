@@ -36,6 +36,7 @@ from isomoe.server.messages import (
 )
 from isomoe.server.metrics import FinishedRequest, Metrics
 from isomoe.server.open_request import OpenRequest
+from isomoe.server.request_log import current_line
 from isomoe.tokenizer import Tokenizer
 
 _POOL_THREADS = 2
@@ -205,8 +206,10 @@ class AsyncEngine:
         finally:
             self._arriving -= 1
         self._check_alive()
+        line = current_line()
+        own_id = f"{'req' if line is None else line.request_id}-{request.request_id}"
         opened = OpenRequest(
-            request_id or f"req-{request.request_id}",
+            request_id or own_id,
             request,
             text,
             Reply(request, self.tokenizer),
@@ -291,16 +294,17 @@ class AsyncEngine:
         times = opened.times
         assert times.end is not None
         first = None if times.first_token is None else times.first_token - times.arrival
-        self.metrics.on_request(
-            FinishedRequest(
-                prompt_tokens=len(opened.prompt_token_ids),
-                output_tokens=opened.output_tokens,
-                cached_tokens=opened.cached_tokens,
-                time_to_first_token=first,
-                end_to_end=times.end - times.arrival,
-                outcome=outcome,
-            )
+        finished = FinishedRequest(
+            prompt_tokens=len(opened.prompt_token_ids),
+            output_tokens=opened.output_tokens,
+            cached_tokens=opened.cached_tokens,
+            time_to_first_token=first,
+            end_to_end=times.end - times.arrival,
+            outcome=outcome,
         )
+        self.metrics.on_request(finished)
+        if opened.line is not None:
+            opened.line.add(finished)
 
     def _receive(self) -> None:
         """The receiver thread."""

@@ -103,7 +103,7 @@ class _Output:
         ids = self._token_ids[:-1] if by_token else self._token_ids
         text = await engine.decode(ids, skip_special_tokens=False)
         if isinstance(stop, str):
-            return text[: text.find(stop)]
+            return text.partition(stop)[0]
         return text if last is not None else text.rstrip("\N{REPLACEMENT CHARACTER}")
 
     async def _logprob_lists(self, engine: AsyncEngine, texts: bool) -> dict[str, Any]:

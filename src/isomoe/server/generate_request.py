@@ -15,7 +15,7 @@ from isomoe.engine import SamplingParams
 from isomoe.engine.sampling_params import MAX_LOGPROBS
 from isomoe.errors import RequestError
 from isomoe.server.bounds import MAX_BIASES, MAX_CHOICES, MAX_N, MAX_STOP, MAX_STOP_TOKENS
-from isomoe.server.http import TokenIds, check_nesting
+from isomoe.server.http import TokenIds, at_most, check_nesting
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class SamplingFields(BaseModel):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, float] | None, at_most(MAX_BIASES)] = None
     sampling_seed: int | None = None
     stop: str | Annotated[Texts, Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=MAX_STOP_TOKENS)

@@ -12,7 +12,7 @@ import msgspec
 from fastapi import APIRouter
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import Field, Strict
+from pydantic import BeforeValidator, Field, Strict
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -45,6 +45,17 @@ T = TypeVar("T")
 
 TokenIds = Annotated[list[Annotated[int, Strict()]], Field(fail_fast=True)]
 """Token ids in a body. Only the first wrong one is told of: a body can hold millions."""
+
+
+def at_most(most: int) -> BeforeValidator:
+    """A list or object of at most so many entries, counted before any of them is looked at."""
+
+    def counted(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise ValueError(f"has {len(value)} entries; at most {most} are allowed")
+        return value
+
+    return BeforeValidator(counted)
 
 
 def error_body(

@@ -69,7 +69,7 @@ class StepStats(Struct, frozen=True):
         retracted: requests that were put back since the engine started.
         used_pages, cached_pages, total_pages: of each group.
         collective_rows: rows that went through each kind of collective, such as
-            {"all_reduce attn_tp": 96}.
+            {"all_reduce 0,1": 96}, by its mesh axes.
     """
 
     step_seconds: float

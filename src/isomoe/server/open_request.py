@@ -10,6 +10,7 @@ from isomoe.engine import Delta, Request, RequestOutput
 from isomoe.engine.reply import Reply, Transcript
 from isomoe.errors import IsomoeError
 from isomoe.server.metrics import Metrics
+from isomoe.server.request_log import current_line
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class OpenRequest:
         request_id: what clients call it.
         reply: makes its deltas, in the receiver thread.
         timer: ends it when its time is up.
+        line: of the log, for the HTTP request that it is a part of.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class OpenRequest:
         self.cached_tokens = 0
         self.reply = reply
         self.timer: asyncio.TimerHandle | None = None
+        self.line = current_line()
         self._cancel = cancel
         self._pending: list[Delta] = []
         self._error: IsomoeError | None = None

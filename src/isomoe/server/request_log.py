@@ -23,6 +23,8 @@ _CLIENT_GONE = 499
 _KEPT_BYTES = 2048
 _MAX_ID_LENGTH = 128
 _current: "ContextVar[RequestLine | None]" = ContextVar("request_line", default=None)
+_PROBES = frozenset({"/health_generate"})
+"""Asked every few seconds, and of no interest while they succeed."""
 _log = logging.getLogger("isomoe.request")
 
 
@@ -116,7 +118,8 @@ class RequestLog:
             _current.reset(token)
             line.status = line.status or _CLIENT_GONE
             self._metrics.on_response(line.status)
-            matters = line.finished or line.status >= 400
+            served = line.finished and scope["path"] not in _PROBES
+            matters = served or line.status >= 400
             _log.log(logging.INFO if matters else logging.DEBUG, "%s", line)
 
 

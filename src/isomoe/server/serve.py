@@ -84,6 +84,7 @@ async def _serve(engine: AsyncEngine, listener: socket.socket, ready: Callable[[
         uvicorn.Config(
             create_app(engine),
             lifespan="off",
+            ws="none",
             log_config=None,
             log_level=logging.WARNING,
             access_log=False,
