@@ -9,8 +9,7 @@ from isomoe.engine import Delta, FinishReason, TokenLogprob
 from isomoe.errors import RequestError
 from isomoe.server.async_engine import AsyncEngine
 from isomoe.server.generate_request import GenerateRequest, Item
-from isomoe.server.open_request import OpenRequest
-from isomoe.server.openai.choices import deltas
+from isomoe.server.open_request import OpenRequest, deltas
 
 
 async def answer(engine: AsyncEngine, body: GenerateRequest) -> Any:

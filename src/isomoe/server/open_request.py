@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -128,6 +128,32 @@ class OpenRequest:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+async def deltas(requests: Sequence[OpenRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """What each request brings, with its index, as it comes."""
+    if len(requests) == 1:
+        async for delta in requests[0]:
+            yield 0, delta
+        return
+    waiting = {asyncio.ensure_future(_next(each)): i for i, each in enumerate(requests)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                delta = task.result()
+                if delta.finish_reason is None:
+                    waiting[asyncio.ensure_future(_next(requests[index]))] = index
+                yield index, delta
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def _next(request: OpenRequest) -> Delta:
+    return await anext(request)
 
 
 def _merged(deltas: Sequence[Delta]) -> Delta:

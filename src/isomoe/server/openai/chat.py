@@ -9,7 +9,8 @@ from uuid import uuid4
 from isomoe.engine import Delta, FinishReason, RequestOutput, SamplingParams
 from isomoe.errors import RequestError
 from isomoe.server.async_engine import AsyncEngine
-from isomoe.server.openai.choices import Usage, deltas, envelope, opened, results
+from isomoe.server.open_request import deltas
+from isomoe.server.openai.choices import Usage, envelope, opened, results
 from isomoe.server.openai.logprobs import chat_logprobs, prompt_logprobs, spell
 from isomoe.server.openai.protocol import ChatRequest
 from isomoe.server.openai.tools import Found, ToolCall, ToolUse, tool_use

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -52,32 +52,6 @@ async def results(requests: Sequence[OpenRequest]) -> list[RequestOutput]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def deltas(requests: Sequence[OpenRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """What each request brings, with its index, as it comes."""
-    if len(requests) == 1:
-        async for delta in requests[0]:
-            yield 0, delta
-        return
-    waiting = {asyncio.ensure_future(_next(each)): i for i, each in enumerate(requests)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                index = waiting.pop(task)
-                delta = task.result()
-                if delta.finish_reason is None:
-                    waiting[asyncio.ensure_future(_next(requests[index]))] = index
-                yield index, delta
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def _next(request: OpenRequest) -> Delta:
-    return await anext(request)
 
 
 class Usage:

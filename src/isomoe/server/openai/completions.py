@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from isomoe.engine import Delta, RequestOutput, TokenLogprob
 from isomoe.server.async_engine import AsyncEngine
-from isomoe.server.openai.choices import Usage, deltas, envelope, opened, results
+from isomoe.server.open_request import deltas
+from isomoe.server.openai.choices import Usage, envelope, opened, results
 from isomoe.server.openai.logprobs import Texts, completion_logprobs, prompt_logprobs, spell
 from isomoe.server.openai.protocol import CompletionRequest
 

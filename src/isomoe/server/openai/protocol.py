@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from isomoe.engine import SamplingParams
 from isomoe.errors import RequestError
 from isomoe.server.bounds import MAX_BIASES, MAX_CHOICES, MAX_N, MAX_STOP, MAX_STOP_TOKENS
-from isomoe.server.http import TokenIds, check_nesting, decode
+from isomoe.server.http import TokenIds, at_most, check_nesting, decode
 
 MAX_TOP_LOGPROBS = 20
 """The most candidates beside a token of a chat, OpenAI's bound."""
@@ -141,7 +141,7 @@ class SamplingFields(_Part):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[int, float] | None, at_most(MAX_BIASES)] = None
     stop: Annotated[
         Annotated[list[str], Field(fail_fast=True)] | None,
         BeforeValidator(_stop_texts, json_schema_input_type=str | list[str] | None),
