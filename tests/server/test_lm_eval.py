@@ -106,7 +106,7 @@ def test_the_harness_finds_the_accuracy_and_the_log_likelihoods_of_the_engine(
     tmp_path: Path,
 ) -> None:
     flags = ("--tp-size", "2", "--attn-dp-size", "2", "--ep-size", "2", "--dtype", "float32")
-    tasks, limit = "isomoe_arith,isomoe_arith_choice", 60
+    tasks, limit = "isomoe_arith,isomoe_arith_choice", 50
     with running(*flags) as server:
         results = run_harness(server, tasks, limit, tmp_path)
     with LLM(dtype="float32") as llm:

@@ -67,7 +67,7 @@ def test_a_text_is_answered_with_text_ids_and_meta_info(
     assert found["text"] == tokenizer.decode(found["output_ids"])
     meta = found["meta_info"]
     assert meta.pop("e2e_latency") > 0
-    assert meta.pop("cached_tokens") in (0, 16)
+    assert 0 <= meta.pop("cached_tokens") < meta["prompt_tokens"]  # others may have asked it, too
     assert meta == {
         "id": "mine",
         "finish_reason": {"type": "length", "length": 12},

@@ -54,18 +54,10 @@ class Intake:
         ids = tuple(prompt_token_ids)
         if params.stop and not self.tokenizer.exists:
             raise RequestError(f"stop texts need a tokenizer; {self.info.folder} has none")
-        if not ids:
-            raise RequestError("the prompt is empty")
-        limit = self.info.context_length
-        if len(ids) + min(params.max_tokens, 1) > limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, the context length is {limit} "
-                "with at least one token of output; shorten the prompt"
-            )
-        self._check_ids("the prompt's token ids", ids)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", [token for token, _ in params.logit_bias])
-        max_tokens = min(params.max_tokens, limit - len(ids))
+        self.check_prompt(ids, params.max_tokens)
+        self.check_ids("stop_token_ids", params.stop_token_ids)
+        self.check_ids("logit_bias", [token for token, _ in params.logit_bias])
+        max_tokens = min(params.max_tokens, self.info.context_length - len(ids))
         self.limits.check_fits(len(ids), max_tokens)
         self._grammars.check(params)
         end = frozenset() if params.ignore_eos else self.info.eos_token_ids
@@ -79,7 +71,20 @@ class Intake:
             seed=drawn if params.seed is None else params.seed,
         )
 
-    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+    def check_prompt(self, ids: Sequence[int], max_tokens: int = 0) -> None:
+        """Raises RequestError if the prompt is empty or too long, or not of the vocabulary."""
+        if not ids:
+            raise RequestError("the prompt is empty")
+        limit = self.info.context_length
+        if len(ids) + min(max_tokens, 1) > limit:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, the context length is {limit} "
+                "with at least one token of output; shorten the prompt"
+            )
+        self.check_ids("the prompt's token ids", ids)
+
+    def check_ids(self, what: str, ids: Sequence[int]) -> None:
+        """Raises RequestError unless all are token ids."""
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool):
                 raise RequestError(f"{what} must be integers, not {token!r}")

@@ -31,6 +31,8 @@ class Reply:
         self.finish_reason = update.finish_reason
         if token is not None:
             self._num_tokens += 1
+            if self.finish_reason is FinishReason.STOP and token in self.params.stop_token_ids:
+                self.stop_reason = token
             if self._stream is not None:
                 text = self._decode(token, self._stream)
         return Delta(
@@ -47,8 +49,6 @@ class Reply:
         """The text that a token makes ready."""
         params = self.params
         if self.finish_reason is FinishReason.STOP:
-            if token in params.stop_token_ids:
-                self.stop_reason = token
             text = self._held + stream.end()
         else:
             text = self._held + stream.add(token)
@@ -63,7 +63,7 @@ class Reply:
             self.finish_reason, self.stop_reason = FinishReason.STOP, stop
             return text[:at]
         if self.finish_reason is None:
-            held = max(_overlap(text, stop) for stop in params.stop)
+            held = max(overlap(text, stop) for stop in params.stop)
             if held:
                 text, self._held = text[:-held], text[-held:]
         return text
@@ -116,7 +116,7 @@ class Transcript:
         )
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many of the text's last characters are the first of `stop`, which is not in it."""
     for count in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:count]):

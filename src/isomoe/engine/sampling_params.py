@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from isomoe.errors import RequestError
 
+_HOTTEST = 1e6  # as good as uniform, and far from where fp32 ends
 MAX_LOGPROBS = 100
 """The most candidates a token may come with."""
 
@@ -85,7 +86,7 @@ class SamplingParams:
         self._check_kinds()
         for wrong, name, need in (
             (self.max_tokens < 0, "max_tokens", "at least 0"),
-            (self.temperature < 0.0, "temperature", "at least 0"),
+            (not 0.0 <= self.temperature <= _HOTTEST, "temperature", f"from 0 to {_HOTTEST:g}"),
             (not 0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
             (self.top_k < -1, "top_k", "-1 or 0 (off) or positive"),
             (not 0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1"),

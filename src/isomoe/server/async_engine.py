@@ -7,12 +7,15 @@ Three threads beside the engine's own process:
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event, Thread
 from typing import Any, Self, TypeVar
 
-from isomoe.engine import FinishReason, Request, SamplingParams
+from isomoe.engine import FinishReason, Request, SamplingParams, Update
 from isomoe.engine.executor import Progress
 from isomoe.engine.intake import Intake
 from isomoe.engine.model_info import ModelInfo
@@ -40,6 +43,11 @@ from isomoe.server.request_log import current_line
 from isomoe.tokenizer import Tokenizer
 
 _POOL_THREADS = 2
+_CHECKED_ON_LOOP = 1024
+"""Token ids of a prompt that take less time to check than to hand to the pool."""
+_WORKERS_FIRST_SECONDS = 5.0
+"""The engine's own watchdog comes first: it knows which worker hangs."""
+_log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 T = TypeVar("T")
@@ -56,7 +64,12 @@ class AsyncEngine:
     """
 
     def __init__(
-        self, config: ServerConfig, info: ModelInfo, link: EngineLink, ready: Ready
+        self,
+        config: ServerConfig,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        link: EngineLink,
+        ready: Ready,
     ) -> None:
         self.config = config
         self.info = info
@@ -64,7 +77,7 @@ class AsyncEngine:
         self.limits = ready.limits
         self.worker_pids = ready.worker_pids
         self.metrics = Metrics()
-        self.tokenizer = Tokenizer(info.folder, config.chat_template)
+        self.tokenizer = tokenizer
         self.dead: str | None = None
         self.died = asyncio.Event()
         self._link = link
@@ -73,7 +86,8 @@ class AsyncEngine:
             config.engine.max_running_requests * ready.limits.attn_dp_size
         )
         self._open: dict[int, OpenRequest] = {}
-        self._arriving = 0
+        self._in_queue = 0
+        self._refuses: str | None = None
         self._token_texts: dict[int, str] = {}
         self._states: list[asyncio.Future[EngineState]] = []
         self._flushes: list[asyncio.Future[bool]] = []
@@ -94,12 +108,14 @@ class AsyncEngine:
         info = ModelInfo.of(config.engine)
         tokenizer = Tokenizer(info.folder, config.chat_template)
         if tokenizer.exists:
-            tokenizer.stream()  # what is wrong with it is said before any weight is read
+            # What is wrong with it is said before any weight is read.
+            tokenizer.stream()
+            tokenizer.longest_token  # noqa: B018
         elif config.chat_template is not None:
             raise ConfigError(f"--chat-template: {info.folder} has no tokenizer to use it")
         link = EngineLink()
         try:
-            return cls(config, info, link, link.launch(config.engine, progress))
+            return cls(config, info, tokenizer, link, link.launch(config.engine, progress))
         except BaseException:
             link.shutdown()
             raise
@@ -146,6 +162,29 @@ class AsyncEngine:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._link.shutdown()
 
+    async def warm_up(self) -> None:
+        """Has every attention-DP group answer, with a grammar where there can be one.
+
+        The first use of a worker's tokenizer takes a second or more, within a step.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        if self.has_tokenizer:
+            try:
+                await self._answer_once(replace(params, regex="a"))
+            except RequestError as error:
+                _log.warning("requests with a grammar will be refused: %s", error)
+                await self._answer_once(params)
+        else:
+            await self._answer_once(params)
+        self.metrics = Metrics()
+
+    async def _answer_once(self, params: SamplingParams) -> None:
+        """One request for each attention-DP group; they go to the least loaded."""
+        prompt = [min(self.info.eos_token_ids, default=0)]
+        requests = [await self.submit(prompt, params) for _ in range(self.limits.attn_dp_size)]
+        for request in requests:
+            await request.result()
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text.
 
@@ -154,8 +193,17 @@ class AsyncEngine:
         """
         return await self._in_pool(lambda: self._intake.encode(text, add_special_tokens))
 
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Raises RequestError if a prompt of ids can be no request's."""
+        self._intake.check_prompt(token_ids)
+
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
+        """The text of token ids.
+
+        Raises:
+            RequestError: if they are not of the vocabulary.
+        """
+        self._intake.check_ids("the token ids", token_ids)
         return await self._in_pool(lambda: self.tokenizer.decode(token_ids, skip_special_tokens))
 
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
@@ -193,19 +241,15 @@ class AsyncEngine:
             EngineDeadError: if the engine is gone.
         """
         self._check_alive()
-        if len(self._open) + self._arriving >= self._capacity:
-            raise RequestError(
-                f"{self._capacity} requests are running or waiting, which is the most that "
-                "--max-running-requests and --max-queued-requests allow; try again later",
-                429,
-            )
+        self._check_capacity()
         text = prompt if isinstance(prompt, str) else None
-        self._arriving += 1
-        try:
+        if text is None and len(prompt) <= _CHECKED_ON_LOOP and not params.has_grammar:
+            request = self._request(prompt, params)
+        else:
             request = await self._in_pool(lambda: self._request(prompt, params))
-        finally:
-            self._arriving -= 1
         self._check_alive()
+        if self._refuses is not None:
+            raise RequestError(self._refuses, 503)
         line = current_line()
         own_id = f"{'req' if line is None else line.request_id}-{request.request_id}"
         opened = OpenRequest(
@@ -219,7 +263,8 @@ class AsyncEngine:
         limit = self.config.request_timeout_seconds
         if limit is not None:
             assert self._loop is not None
-            opened.timer = self._loop.call_later(limit, self._time_out, opened)
+            spent = 0.0 if line is None else time.monotonic() - line.start
+            opened.timer = self._loop.call_later(max(0.0, limit - spent), self._time_out, opened)
         self._send(Submit(request))
         return opened
 
@@ -233,7 +278,8 @@ class AsyncEngine:
         return len(chosen)
 
     def end_all(self, reason: str) -> None:
-        """Ends every open request with a 503 that says why."""
+        """Ends every open request with a 503 that says why, and refuses all others."""
+        self._refuses = reason
         chosen = list(self._open.values())
         for one in chosen:
             self._drop(one, "error", RequestError(reason, 503))
@@ -251,9 +297,23 @@ class AsyncEngine:
         ids = self._intake.encode(prompt) if isinstance(prompt, str) else prompt
         return self._intake.request(ids, params)
 
+    def _check_capacity(self) -> None:
+        if len(self._open) + self._in_queue >= self._capacity:
+            raise RequestError(
+                f"{self._capacity} requests are running or waiting, which is the most that "
+                "--max-running-requests and --max-queued-requests allow; try again later",
+                429,
+            )
+
     async def _in_pool(self, work: Callable[[], T]) -> T:
+        """What waits for the pool counts as a waiting request."""
         assert self._loop is not None
-        return await self._loop.run_in_executor(self._pool, work)
+        self._check_capacity()
+        self._in_queue += 1
+        try:
+            return await self._loop.run_in_executor(self._pool, work)
+        finally:
+            self._in_queue -= 1
 
     async def _ask(self, question: ToEngine, askers: list[asyncio.Future[T]]) -> T:
         """Answers come in the order of the questions."""
@@ -262,7 +322,12 @@ class AsyncEngine:
         asker: asyncio.Future[T] = self._loop.create_future()
         askers.append(asker)
         self._send(question)
-        return await asker
+        limit = self.config.engine.watchdog_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                return await asker
+        except TimeoutError:
+            raise RequestError(f"the engine does not answer within {limit:g} s", 503) from None
 
     def _check_alive(self) -> None:
         if self.dead is not None:
@@ -308,9 +373,18 @@ class AsyncEngine:
 
     def _receive(self) -> None:
         """The receiver thread."""
+        limit = self.config.engine.watchdog_timeout_seconds + _WORKERS_FIRST_SECONDS
+        heard = time.monotonic()
         try:
             while not self._stopping.is_set():
                 message = self._link.receive(LOOK_MS)
+                if message is not None or not self._open:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > limit:
+                    self._link.kill()
+                    raise EngineDeadError(
+                        f"the engine process ({self.pid}) brought nothing for {limit:g} s"
+                    )
                 match message:
                     case None:
                         continue
@@ -319,14 +393,14 @@ class AsyncEngine:
                         for update in updates:
                             opened = self._open.get(update.request_id)
                             if opened is not None and opened.reply.finish_reason is None:
-                                delta = opened.reply.take(update)
-                                brought.append((opened, delta, update.finish_reason is None))
+                                goes_on = update.finish_reason is None
+                                brought.append((opened, _taken(opened, update), goes_on))
                         self._on_loop(lambda b=brought, s=stats: self._deliver(b, s))  # type: ignore[misc]
                     case _:
                         self._on_loop(lambda m=message: self._answer(m))  # type: ignore[misc]
         except EngineDeadError as error:
             reason = str(error)
-        except Exception as error:
+        except BaseException as error:  # tokenizers' panics are no Exception
             reason = f"the receiver failed: {type(error).__name__}: {error}"
         else:
             return
@@ -338,7 +412,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(call)
 
     def _deliver(
-        self, brought: Sequence[tuple[OpenRequest, Delta, bool]], stats: StepStats
+        self, brought: Sequence[tuple[OpenRequest, Delta | None, bool]], stats: StepStats
     ) -> None:
         """What a step brought: (request, delta, whether the engine would go on with it)."""
         self.metrics.on_step(stats)
@@ -346,11 +420,16 @@ class AsyncEngine:
         for opened, delta, goes_on in brought:
             if opened.request.request_id not in self._open:  # closed meanwhile
                 continue
-            opened.add(delta, self.metrics)
-            if delta.finish_reason is not None:
+            if delta is None:
+                error = RequestError("the output cannot be turned into text; the log has it", 500)
+                self._drop(opened, "error", error)
+            else:
+                opened.add(delta, self.metrics)
+                if delta.finish_reason is None:
+                    continue
                 self._drop(opened, str(delta.finish_reason))
-                if goes_on:
-                    stopped.append(opened)
+            if goes_on:
+                stopped.append(opened)
         self._send_cancel(stopped)
 
     def _answer(self, message: FromEngine) -> None:
@@ -372,6 +451,15 @@ class AsyncEngine:
             if not asker.done():
                 asker.set_exception(error)
         self.died.set()
+
+
+def _taken(opened: OpenRequest, update: Update) -> Delta | None:
+    """What is new; None if the tokenizer fails, which is the end of this request alone."""
+    try:
+        return opened.reply.take(update)
+    except BaseException:
+        _log.exception("%s: token %s", opened.request_id, update.token_id)
+        return None
 
 
 def _give(askers: list[asyncio.Future[T]], answer: T) -> None:

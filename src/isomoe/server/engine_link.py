@@ -31,7 +31,9 @@ class EngineLink:
         self._in = self._context.socket(zmq.PULL)
         for socket, name in ((self._out, "requests"), (self._in, "answers")):
             socket.set_hwm(0)
-            socket.bind(f"ipc://{self._folder}/{name}")
+            # Who connects can queue messages at once, and still when the other side is gone; who
+            # binds would wait for somebody to send to.
+            socket.connect(f"ipc://{self._folder}/{name}")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         lifeline, self._lifeline = os.pipe()
@@ -62,6 +64,8 @@ class EngineLink:
                     if progress is not None:
                         progress(done, total)
                 case Ready() as ready:
+                    # The sockets are connected and need no names any more.
+                    shutil.rmtree(self._folder, ignore_errors=True)
                     return ready
                 case message:
                     assert message is None, f"the engine sent {message}"
@@ -87,6 +91,10 @@ class EngineLink:
             how = f"was killed by signal {-ended}" if ended < 0 else f"ended with exit code {ended}"
             raise EngineDeadError(f"the engine process ({self._process.pid}) {how}")
         return None
+
+    def kill(self) -> None:
+        """Ends the process at once, for one that hangs."""
+        self._process.kill()
 
     def shutdown(self) -> None:
         """Ends the process and removes the folder. May be called twice."""

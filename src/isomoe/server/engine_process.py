@@ -42,7 +42,7 @@ def main(folder: str, lifeline_fd: int) -> None:
     """Runs the engine until the parent ends, or it fails.
 
     Args:
-        folder: private to the two processes; the parent listens in it.
+        folder: private to the two processes; the sockets are made in it.
         lifeline_fd: as in `die_with_parent`.
     """
     die_with_parent(lifeline_fd)
@@ -70,7 +70,7 @@ class _Channel:
         self._out = self._context.socket(zmq.PUSH)
         for socket, name in ((self._in, "requests"), (self._out, "answers")):
             socket.set_hwm(0)
-            socket.connect(f"ipc://{folder}/{name}")
+            socket.bind(f"ipc://{folder}/{name}")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Launch | ToEngine)
 

@@ -8,6 +8,7 @@ from typing import Any
 from isomoe.engine import Delta, FinishReason, TokenLogprob
 from isomoe.errors import RequestError
 from isomoe.server.async_engine import AsyncEngine
+from isomoe.server.bounds import MAX_SCORED, MAX_STREAMED_SCORED, check_scored, num_scored
 from isomoe.server.generate_request import GenerateRequest, Item
 from isomoe.server.open_request import OpenRequest, deltas
 
@@ -145,9 +146,15 @@ def _ids(tokens: Iterable[TokenLogprob]) -> set[int]:
 async def _opened(engine: AsyncEngine, body: GenerateRequest) -> AsyncIterator[list[_Output]]:
     """All that is asked for, under way; closed at the end."""
     outputs: list[_Output] = []
+    scored = 0
     try:
         for item in body.items():
             outputs.append(await _open(engine, item))
+            asked = outputs[-1].request
+            scored += num_scored(
+                len(asked.prompt_token_ids), asked.request.params, engine.info.context_length
+            )
+            check_scored(scored, MAX_STREAMED_SCORED if body.stream else MAX_SCORED)
         yield outputs
     finally:
         for output in outputs:

@@ -15,7 +15,7 @@ from isomoe import __version__
 from isomoe.engine import SamplingParams
 from isomoe.errors import EngineDeadError, RequestError
 from isomoe.server.async_engine import AsyncEngine
-from isomoe.server.bounds import MAX_CHOICES
+from isomoe.server.bounds import MAX_CHOICES, MAX_DETOKENIZED
 from isomoe.server.generate import answer, stream
 from isomoe.server.generate_request import GenerateRequest, Texts
 from isomoe.server.http import Json, TokenIds, disconnected, json_router, sse
@@ -234,24 +234,19 @@ def _add_tokens(router: APIRouter, engine: AsyncEngine) -> None:
 
     @router.post("/v1/detokenize")
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Json:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Json:
         """The text of token ids, or of each of several lists: vLLM's `prompt`, SGLang's `text`."""
         several = bool(body.tokens) and isinstance(body.tokens[0], list)
         lists: list[list[int]] = body.tokens if several else [body.tokens]  # type: ignore[assignment, list-item]
-        if len(lists) > MAX_CHOICES:
-            raise RequestError(f"tokens: {len(lists)} lists are more than {MAX_CHOICES}")
-        for ids in lists:
-            _check_ids(ids, engine.info.vocab_size)
-        texts = [await engine.decode(ids, body.skip_special_tokens) for ids in lists]
+        if len(lists) > MAX_CHOICES or sum(map(len, lists)) > MAX_DETOKENIZED:
+            raise RequestError(
+                f"tokens: more than {MAX_CHOICES} lists, or {MAX_DETOKENIZED} ids in all"
+            )
+        decoding = (engine.decode(ids, body.skip_special_tokens) for ids in lists)
+        texts = await disconnected(request, asyncio.gather(*decoding))
         reply = {"prompt": texts, "text": texts}
         return Json(reply if several else _first(reply))
 
 
 def _first(lists: dict[str, list[Any]]) -> dict[str, Any]:
     return {name: values[0] for name, values in lists.items()}
-
-
-def _check_ids(ids: list[int], vocab_size: int) -> None:
-    for token in (min(ids, default=0), max(ids, default=0)):
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"tokens hold {token}; the vocabulary is 0 to {vocab_size - 1}")

@@ -79,6 +79,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(engine: AsyncEngine, listener: socket.socket, ready: Callable[[], None]) -> int:
     engine.attach()
+    await engine.warm_up()
     config = engine.config
     server = _Server(
         uvicorn.Config(

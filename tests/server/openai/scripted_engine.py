@@ -67,6 +67,9 @@ class ScriptedEngine:
     def as_engine(self) -> AsyncEngine:
         return cast(AsyncEngine, self)
 
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        pass
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         return self.tokenizer.encode(text, add_special_tokens)
 

@@ -318,6 +318,11 @@ def test_tools_of_another_form_are_refused(tools: Any) -> None:
         chat(tools=tools)
 
 
+def test_a_temperature_near_the_end_of_fp32_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"temperature 1e[+]39: must be from 0 to 1e[+]06"):
+        completion(temperature=1e39).sampling({})
+
+
 def test_what_the_body_leaves_open_is_the_models_own() -> None:
     defaults = {"temperature": 0.6, "top_k": 20}
     (open_,) = completion().sampling(defaults)

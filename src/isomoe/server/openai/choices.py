@@ -10,6 +10,7 @@ from uuid import uuid4
 from isomoe.engine import Delta, RequestOutput, SamplingParams
 from isomoe.errors import RequestError
 from isomoe.server.async_engine import AsyncEngine
+from isomoe.server.bounds import check_scored, num_scored
 from isomoe.server.open_request import OpenRequest
 from isomoe.server.request_log import current_line
 
@@ -27,6 +28,8 @@ async def opened(
         RequestError: if one of them is refused; then none is left open.
     """
     pairs = [(prompt, each) for prompt in prompts for each in params]
+    context = engine.info.context_length
+    check_scored(sum(num_scored(len(prompt), each, context) for prompt, each in pairs))
     requests: list[OpenRequest] = []
     try:
         for index, (prompt, each) in enumerate(pairs):

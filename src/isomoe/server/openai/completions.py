@@ -85,7 +85,10 @@ async def _read_one(
     if isinstance(prompt, str):
         special = body.add_special_tokens is not False
         return _Prompt(await engine.encode(prompt, add_special_tokens=special), prompt)
-    return _Prompt(prompt, await engine.decode(prompt) if body.echo else "")
+    if not body.echo:
+        return _Prompt(prompt, "")
+    engine.check_prompt(prompt)
+    return _Prompt(prompt, await engine.decode(prompt))
 
 
 class _Choice:

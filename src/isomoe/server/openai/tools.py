@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from isomoe.engine.reply import overlap
 from isomoe.errors import RequestError
 from isomoe.server.http import decode
 from isomoe.server.openai.protocol import ChatRequest, Function, NamedTool
@@ -59,7 +60,7 @@ class QwenParser:
     def end(self) -> Found:
         found: Found = []
         if self._gap is not None:
-            self._take_body(self._held[: len(self._held) - _overlap(self._held, _CLOSE)], found)
+            self._take_body(self._held[: len(self._held) - overlap(self._held, _CLOSE)], found)
         elif self._held and not (self._after_call and self._held.isspace()):
             found.append(self._held)
         self._held, self._gap = "", None
@@ -77,7 +78,7 @@ class QwenParser:
         if self._after_call:
             self._held = self._held.lstrip()
         before, opened, rest = self._held.partition(_OPEN)
-        certain = before if opened else before[: len(before) - _overlap(before, _OPEN)]
+        certain = before if opened else before[: len(before) - overlap(before, _OPEN)]
         content = certain.rstrip()
         if content:
             found.append(content)
@@ -147,12 +148,6 @@ def _as_call(value: Any) -> ToolCall | None:
         return None
     text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
     return ToolCall(name, text)
-
-
-def _overlap(text: str, tag: str) -> int:
-    """How much of the tag the text ends with, if the tag may yet be completed."""
-    lengths = range(min(len(text), len(tag) - 1), 0, -1)
-    return next((length for length in lengths if text.endswith(tag[:length])), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
