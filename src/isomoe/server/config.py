@@ -25,7 +25,7 @@ class ServerConfig:
         host: the address to listen on.
         port: 0 takes a free one.
         api_key: what clients must bring as a bearer token; None lets everyone in.
-        served_model_name: what clients call the model; None is the last part of its path.
+        served_model_name: what clients call the model; None is its path as given.
         chat_template: a file with a Jinja template that replaces the tokenizer's.
         sampling_defaults: where the values come from that a request leaves open.
         max_queued_requests: requests that may wait beside those that run; more get 429.
