@@ -9,10 +9,11 @@ from isomoe.layout import Parallelism
 
 E = TypeVar("E", bound=StrEnum)
 
-OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive"}
-"""What must be in the environment before torch is loaded, where nothing else is. Threads that wait
-for one another must sleep: if they spin, any other load on their cores makes small steps up to
-twenty times slower."""
+OPENMP_DEFAULTS = {"GOMP_SPINCOUNT": "10000"}
+"""What must be in the environment before torch is loaded, where nothing else is. How long threads
+that wait for one another spin before they sleep: the default of 300,000 makes small steps many
+times slower when anything else wants their cores, and without spinning they are half as fast on
+idle ones. docs/benchmarks.md has the figures."""
 
 
 class LoadFormat(StrEnum):
