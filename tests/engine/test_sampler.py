@@ -177,7 +177,7 @@ def test_a_model_without_end_tokens_may_be_asked_for_minimum_tokens() -> None:
 
 def test_absurd_parameters_draw_a_token_of_the_vocabulary() -> None:
     params = [
-        SamplingParams(temperature=1e300),
+        SamplingParams(temperature=1e6),
         SamplingParams(temperature=1e-300),
         SamplingParams(temperature=1e-5, repetition_penalty=1e-300),
         SamplingParams(temperature=1e-5, repetition_penalty=1e300),

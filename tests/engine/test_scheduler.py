@@ -89,10 +89,10 @@ class Group:
     """What the workers of one attention-DP group know."""
 
     limits: Limits
+    scored: dict[int, list[int]]
     members: dict[int, Member] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule)
     keys: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    scored: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self, part: GroupStep) -> list[int]:
         """Runs a step, and returns the sampled tokens."""
@@ -157,7 +157,9 @@ class Replica:
 
     def __init__(self, limits: Limits) -> None:
         self.scheduler = Scheduler(limits, choose=sum)
-        self.groups = [Group(limits) for _ in range(limits.attn_dp_size)]
+        # Of the prompt tokens, in order: a request may come back to another group.
+        self.scored: dict[int, list[int]] = {}
+        self.groups = [Group(limits, self.scored) for _ in range(limits.attn_dp_size)]
         self.outputs: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason] = {}
         self.cached: dict[int, int] = {}
@@ -194,10 +196,6 @@ class Replica:
             assert len(steps) < 5000
         assert not self.scheduler.has_work
         return steps
-
-    def scored(self, request_id: int) -> list[int]:
-        """Places of the prompt tokens that were scored, in order."""
-        return [place for group in self.groups for place in group.scored.get(request_id, [])]
 
 
 TAILS = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple)
@@ -254,7 +252,7 @@ def test_every_request_gets_the_output_that_it_has_alone(
         if params.prompt_logprobs is not None:
             first = max(1, params.prompt_logprobs_start)
             prompt = len(requests[request_id].prompt_token_ids)
-            assert replica.scored(request_id) == list(range(first, prompt))
+            assert replica.scored.get(request_id, []) == list(range(first, prompt))
     for state in replica.scheduler.state():
         assert state.used_pages == state.running == 0
         assert state.free_pages + state.cached_pages == state.total_pages == pages
@@ -402,7 +400,7 @@ def test_a_wanted_prompt_logprob_is_never_skipped_for_a_cached_prefix() -> None:
     replica.scheduler.add(request(1, shared, max_tokens=1, scored_from=9))
     replica.run()
     assert replica.cached[1] == 8
-    assert replica.scored(1) == list(range(9, 20))
+    assert replica.scored[1] == list(range(9, 20))
 
 
 def test_a_request_goes_where_its_prefix_is_unless_that_group_is_overloaded() -> None:

@@ -128,14 +128,14 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s"
     )
-    listener = bind(config)
-    with progress_bar("loading") as loading:
-        engine = AsyncEngine.start(config, loading)
-    try:
+    with bind(config) as listener:
         address = listener.getsockname()[:2]
-        return serve(engine, listener, lambda: _announce(engine, address, args.json))
-    finally:
-        engine.shutdown()
+        with progress_bar("loading") as loading:
+            engine = AsyncEngine.start(config, loading)
+        try:
+            return serve(engine, listener, lambda: _announce(engine, address, args.json))
+        finally:
+            engine.shutdown()
 
 
 def _announce(engine: "AsyncEngine", address: tuple[str, int], as_json: bool) -> None:
