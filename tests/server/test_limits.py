@@ -183,6 +183,17 @@ def test_a_full_queue_is_429_and_a_request_out_of_time_is_504(client: httpx2.Cli
     assert client.post("/generate", json=SHORT).status_code == 200
 
 
+def test_a_full_server_spells_the_tokens_of_the_request_that_fills_it(
+    client: httpx2.Client,
+) -> None:
+    asked = {"prompt": "12 * 3", "n": CAPACITY, "max_tokens": 8, "logprobs": 5, "stream": True}
+    with client.stream("POST", "/v1/completions", json=asked) as answer:
+        assert answer.status_code == 200
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert not [line for line in lines if '"error"' in line]
+
+
 def test_a_whole_answer_out_of_time_is_504_and_frees_its_place(client: httpx2.Client) -> None:
     start = time.monotonic()
     answer = client.post("/generate", json=FULL)

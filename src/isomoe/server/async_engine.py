@@ -191,7 +191,7 @@ class AsyncEngine:
         Raises:
             RequestError: if it cannot fit the context.
         """
-        return await self._in_pool(lambda: self._intake.encode(text, add_special_tokens))
+        return await self._in_queue_for_pool(lambda: self._intake.encode(text, add_special_tokens))
 
     def check_prompt(self, token_ids: Sequence[int]) -> None:
         """Raises RequestError if a prompt of ids can be no request's."""
@@ -229,7 +229,9 @@ class AsyncEngine:
         Raises:
             RequestError: if there is no template, or it refuses the messages.
         """
-        return await self._in_pool(lambda: self.tokenizer.chat(messages, tools, **settings))
+        return await self._in_queue_for_pool(
+            lambda: self.tokenizer.chat(messages, tools, **settings)
+        )
 
     async def submit(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
@@ -246,7 +248,7 @@ class AsyncEngine:
         if text is None and len(prompt) <= _CHECKED_ON_LOOP and not params.has_grammar:
             request = self._request(prompt, params)
         else:
-            request = await self._in_pool(lambda: self._request(prompt, params))
+            request = await self._in_queue_for_pool(lambda: self._request(prompt, params))
         self._check_alive()
         if self._refuses is not None:
             raise RequestError(self._refuses, 503)
@@ -306,12 +308,15 @@ class AsyncEngine:
             )
 
     async def _in_pool(self, work: Callable[[], T]) -> T:
-        """What waits for the pool counts as a waiting request."""
         assert self._loop is not None
+        return await self._loop.run_in_executor(self._pool, work)
+
+    async def _in_queue_for_pool(self, work: Callable[[], T]) -> T:
+        """For what comes before a request: while it waits, it counts as a waiting one."""
         self._check_capacity()
         self._in_queue += 1
         try:
-            return await self._loop.run_in_executor(self._pool, work)
+            return await self._in_pool(work)
         finally:
             self._in_queue -= 1
 
