@@ -18,6 +18,8 @@ from isomoe.server.config import ServerConfig
 
 _LAST_ANSWERS_SECONDS = 2.0
 """How long a server that cannot go on still answers, so that clients hear of it."""
+_FORCED_SECONDS = 0.5
+"""How long the answers to open requests may take after a second signal."""
 _KEEP_ALIVE_SECONDS = 60
 _TOO_LATE = "the server was told to stop, and the time to finish is over"
 
@@ -107,7 +109,8 @@ async def _serve(engine: AsyncEngine, listener: socket.socket, ready: Callable[[
     def stop(name: str) -> None:
         nonlocal stopped
         if stopped:
-            server.force_exit = True
+            engine.end_all(_TOO_LATE)
+            loop.call_later(_FORCED_SECONDS, setattr, server, "force_exit", True)
         else:
             _log.info("%s: draining, %d requests are open", name, engine.num_open)
             loop.call_later(config.drain_timeout_seconds, engine.end_all, _TOO_LATE)
