@@ -32,7 +32,7 @@ class DType(StrEnum):
 
 
 class Device(StrEnum):
-    """What the workers run on; AUTO is the CPU, and CUDA is refused until its kernels are there."""
+    """What the workers run on; AUTO is CUDA where there is a GPU and Triton, else the CPU."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -59,6 +59,11 @@ class EngineConfig:
             `chunked_prefill_size`.
         disable_radix_cache: compute every prompt in full, instead of looking for a prefix in the
             KV cache.
+        mem_fraction_static: the share of a GPU's memory for weights and KV cache; less where the
+            activations would not fit beside them.
+        disable_cuda_graph: launch every kernel of every step, instead of replaying captured steps.
+        cuda_graph_max_bs: steps that decode up to so many requests in each group are captured.
+        disable_overlap_schedule: schedule a step only when the one before has ended, on GPUs too.
         watchdog_timeout_seconds: how long a step may take before its silent workers count as dead.
         random_seed: of dummy weights, and of sampling where a request brings no seed.
         instrument: `package.module:attribute` of an `engine.Instrument`, or None.
@@ -79,6 +84,10 @@ class EngineConfig:
     chunked_prefill_size: int = 2048
     max_prefill_tokens: int | None = None
     disable_radix_cache: bool = False
+    mem_fraction_static: float = 0.92
+    disable_cuda_graph: bool = False
+    cuda_graph_max_bs: int = 256
+    disable_overlap_schedule: bool = False
     watchdog_timeout_seconds: float = 300.0
     random_seed: int = 0
     instrument: str | None = None
@@ -91,6 +100,7 @@ class EngineConfig:
             ("--page-size", self.page_size),
             ("--chunked-prefill-size", self.chunked_prefill_size),
             ("--max-prefill-tokens", self.max_prefill_tokens),
+            ("--cuda-graph-max-bs", self.cuda_graph_max_bs),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value}: must be at least 1")
@@ -98,6 +108,10 @@ class EngineConfig:
             raise ConfigError(
                 f"--max-total-tokens {self.max_total_tokens}: not even one page of "
                 f"--page-size {self.page_size}"
+            )
+        if not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(
+                f"--mem-fraction-static {self.mem_fraction_static}: must be between 0 and 1"
             )
         if not 0 < self.watchdog_timeout_seconds < float("inf"):
             raise ConfigError(
@@ -108,6 +122,10 @@ class EngineConfig:
             raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")
         if self.instrument is not None and self.instrument.count(":") != 1:
             raise ConfigError(f"instrument {self.instrument!r}: must be package.module:attribute")
+
+    def overlaps(self, device: str) -> bool:
+        """Whether a step is scheduled while the one before runs on `device`."""
+        return device == "cuda" and not self.disable_overlap_schedule
 
 
 def choice(kind: type[E], value: str, flag: str) -> E:

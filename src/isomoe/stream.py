@@ -4,16 +4,34 @@ This is the only place where an activation is reduced or moved between blocks. B
 placement they take and give; the plan of the step's regime says which moves lie between.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from isomoe.comm import Communicator
 from isomoe.errors import PlacementError
-from isomoe.layout import LogitsRows, Move, Op, Placement, ReadPlan, RegimePlan, Rows, TokenRows
+from isomoe.layout import (
+    LogitsRows,
+    Move,
+    Op,
+    Placement,
+    ReadPlan,
+    RegimePlan,
+    Rows,
+    Settle,
+    TokenRows,
+)
 
-Norm = Callable[[Tensor], Tensor]
+
+class Norm(Protocol):
+    """What `read` applies to the settled rows."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """x: [rows, hidden] -> the same shape."""
+
+    def after_adding(self, residual: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+        """residual + addend in residual's dtype, and the norm of that; may reuse the residual."""
 
 
 class ResidualStream:
@@ -88,16 +106,23 @@ class ResidualStream:
         total = self._residual
         if total is not None and plan.carry is not None:
             total = self._run(total, plan.carry.route.moves)
-        for settle in plan.settles:
-            addend = self._sum([self._written[name] for name in settle.producers])
-            if settle.route.moves:
-                addend = self._run(addend.to(self._dtype), settle.route.moves)
-            total = addend if total is None else total + addend
-            total = total.to(self._dtype)
-        assert total is not None
-        self._residual = total
+        *others, last = [self._settled(settle) for settle in plan.settles]
+        for addend in others:
+            total = addend.to(self._dtype) if total is None else (total + addend).to(self._dtype)
+        if total is None:
+            self._residual = last.to(self._dtype)
+            h = norm(self._residual)
+        else:
+            self._residual, h = norm.after_adding(total, last)
         self._written.clear()
-        return Normed(self, plan, norm(total))
+        return Normed(self, plan, h)
+
+    def _settled(self, settle: Settle) -> Tensor:
+        """The sum of one settle's contributions, moved to the residual's placement."""
+        addend = self._sum([self._written[name] for name in settle.producers])
+        return (
+            self._run(addend.to(self._dtype), settle.route.moves) if settle.route.moves else addend
+        )
 
     def collect(self, block: str, features: Tensor) -> Tensor:
         """Carries out a block's declared inner moves on its sharded features.
@@ -117,7 +142,11 @@ class ResidualStream:
 
         def kept(x: Tensor, placement: Placement) -> Tensor:
             index = rows.local(self.tokens, seat.rank, placement.row_axes)
-            return x[torch.tensor(index, dtype=torch.int64, device=x.device)]
+            if len(index) == x.shape[0]:
+                return x  # all of them, in order
+            # From pinned memory, so that nobody waits for the GPU.
+            chosen = torch.tensor(index, dtype=torch.int64, pin_memory=x.is_cuda)
+            return x[chosen.to(x.device, non_blocking=True)]
 
         if self._residual is not None and plan.carry is not None:
             self._residual = kept(self._residual, plan.carry.gives)

@@ -42,6 +42,12 @@ def request(
     )
 
 
+def answered(one: Sampler, logits: Tensor, draws: Sequence[Draw]) -> GroupOutput:
+    answer = one.launch(logits, draws).answer
+    assert answer is not None
+    return answer.wait()
+
+
 class Run:
     """Requests that all draw in every step."""
 
@@ -55,7 +61,7 @@ class Run:
             Draw(one, tokens, len(tokens) - 1, 1, True)
             for one, tokens in zip(self.requests, self.tokens, strict=True)
         ]
-        output = self.sampler.run(logits, draws)
+        output = answered(self.sampler, logits, draws)
         assert output is not None
         assert output.token_ids == [tokens[-1] for tokens in self.tokens]
         return output
@@ -162,7 +168,7 @@ def test_minimum_tokens_are_no_trap_if_every_token_would_end_the_output() -> Non
     tokens = list(ends.prompt_token_ids)
     one = sampler()
     for _ in range(3):
-        one.run(torch.randn(1, VOCAB), [Draw(ends, tokens, len(tokens) - 1, 1, True)])
+        answered(one, torch.randn(1, VOCAB), [Draw(ends, tokens, len(tokens) - 1, 1, True)])
     assert all(0 <= token < VOCAB for token in tokens)
 
 
@@ -171,7 +177,7 @@ def test_a_model_without_end_tokens_may_be_asked_for_minimum_tokens() -> None:
     endless = replace(request(0, greedy(min_tokens=2)), stop_ids=frozenset())
     tokens = list(endless.prompt_token_ids)
     logits = torch.randn(1, VOCAB)
-    sampler().run(logits, [Draw(endless, tokens, len(tokens) - 1, 1, True)])
+    answered(sampler(), logits, [Draw(endless, tokens, len(tokens) - 1, 1, True)])
     assert tokens[-1] == logits.argmax()
 
 
@@ -202,7 +208,7 @@ def test_prompt_logprobs_are_those_of_the_tokens_after_the_scored_rows() -> None
         Draw(request(1, asks, prompt), tokens[1], 3, 3, True),  # of its end
         Draw(request(2, asks, prompt), tokens[2], 5, 1, True),  # of its last row alone
     ]
-    output = sampler().run(logits, draws)
+    output = answered(sampler(), logits, draws)
     assert output is not None
     assert set(output.prompt_logprobs) == {0, 1}
     for number, wanted in ((0, [(0, 1), (1, 5), (2, 9)]), (1, [(3, 5), (4, 9)])):

@@ -44,7 +44,9 @@ def outputs(folder: Path, padding: int) -> list[GroupOutput | None]:
             logits_rows=(tuple(range(rows)),),
             regime=0,
         )
-        found.append(worker.execute(shape, group))
+        answer = worker.launch(shape, group)
+        assert answer is not None
+        found.append(answer.wait())
     return found
 
 

@@ -13,8 +13,11 @@ from isomoe.blocks.linear import Linear, Part, RowLinear
 from isomoe.blocks.norm import RMSNorm
 from isomoe.errors import ConfigError
 from isomoe.kernels import (
+    AttentionBatch,
+    PagedRows,
     allocate_kv_cache,
     paged_attention,
+    prepare_heads,
     rms_norm,
     rope_table,
     rotate,
@@ -36,13 +39,16 @@ class Rope:
         self._tables: tuple[Tensor, Tensor] | None = None
         self._last: tuple[Batch, tuple[Tensor, Tensor]] | None = None
 
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions, each [positions, head dim] fp32; made once."""
+        if self._tables is None:
+            self._tables = rope_table(self.max_positions, self.head_dim, self.theta, device)
+        return self._tables
+
     def at(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin of the batch's positions, looked up once a step."""
         if self._last is None or self._last[0] is not batch:
-            if self._tables is None:
-                device = batch.positions.device
-                self._tables = rope_table(self.max_positions, self.head_dim, self.theta, device)
-            cos, sin = self._tables
+            cos, sin = self.tables(batch.positions.device)
             self._last = (batch, (cos[batch.positions], sin[batch.positions]))
         return self._last[1]
 
@@ -99,8 +105,18 @@ class AttentionCore(Leaf):
     def forward(self, *args: Any) -> Tensor:
         """qkv: [T, (N + 2K) D], batch -> [T, N D]."""
         qkv, batch = args
-        rows, n, k, d = qkv.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
-        heads = qkv.view(rows, n + 2 * k, d)
+        if isinstance(batch.attention, PagedRows):
+            q = self._prepare_paged(qkv, batch.attention)
+        else:
+            q = self._prepare(qkv, batch)
+        out = paged_attention(q, self.kv_cache, batch.attention, self.head_dim**-0.5)
+        return out.view(qkv.shape[0], self.num_heads * self.head_dim)
+
+    def _prepare(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """Norms and turns queries and keys, and writes keys and values; the queries [T, N, D]."""
+        assert isinstance(batch.attention, AttentionBatch)
+        n, k, d = self.num_heads, self.num_kv_heads, self.head_dim
+        heads = qkv.view(qkv.shape[0], n + 2 * k, d)
         qk, value = heads[:, : n + k], heads[:, n + k :]
         if self.q_norm is not None and self.k_norm is not None:
             if self._qk_weight is None:
@@ -109,8 +125,16 @@ class AttentionCore(Leaf):
             qk = rms_norm(qk, self._qk_weight, self.q_norm.eps)
         q, key = torch.split(rotate(qk, *self.rope.at(batch)), [n, k], dim=1)
         write_kv(key, value, self.kv_cache, batch.attention)
-        out = paged_attention(q, self.kv_cache, batch.attention, d**-0.5)
-        return out.view(rows, n * d)
+        return q
+
+    def _prepare_paged(self, qkv: Tensor, rows: PagedRows) -> Tensor:
+        """The same in one kernel."""
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        cos, sin = self.rope.tables(qkv.device)
+        n, k = self.num_heads, self.num_kv_heads
+        return prepare_heads(qkv, n, k, norms, cos, sin, self.kv_cache, rows)
 
 
 class Attention(Block):

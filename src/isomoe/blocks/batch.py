@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from isomoe.kernels import AttentionBatch
+from isomoe.kernels import AttentionBatch, PagedRows
 from isomoe.layout import LogitsRows, TokenRows
 
 
@@ -15,15 +16,27 @@ class Batch:
     Attributes:
         ids: [rows] int64, the token ids of this rank's attention-DP group, padding included.
         positions: [rows] int64, each token's place in its request.
-        attention: the group's requests, for the attention kernel.
+        attention: the group's requests, for the attention kernel: `PagedRows` on GPUs.
         rows: the step's rows on all ranks.
         logits_rows: the rows that get logits, on all ranks.
         rank: this rank.
+        real: [all ranks' rows] bool, which of them are tokens, where a captured step learns it
+            only when it runs; `rows` then counts none as padding. None: `rows` says it.
     """
 
     ids: Tensor
     positions: Tensor
-    attention: AttentionBatch
+    attention: AttentionBatch | PagedRows
     rows: TokenRows
     logits_rows: LogitsRows
     rank: int
+    real: Tensor | None = None
+
+    def real_rows(self, device: torch.device) -> Tensor | None:
+        """[all ranks' rows] bool, which of them are tokens; None if all are."""
+        if self.real is not None or not self.rows.has_padding:
+            return self.real
+        real = torch.ones(self.rows.total, dtype=torch.bool, device=device)
+        for padding in self.rows.padding(self.rank, 0):
+            real[padding] = False
+        return real

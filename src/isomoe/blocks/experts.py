@@ -17,7 +17,7 @@ from isomoe.kernels import (
     pack_experts,
     packed_experts,
     packs,
-    topk_softmax,
+    route,
 )
 from isomoe.layout import BlockSpec, Seat
 
@@ -77,7 +77,7 @@ class ExpertWeights(Leaf):
                 yield kept if here else kept.nothing()
 
     def forward(self, *args: Any) -> Tensor:
-        """x: [T, hidden], local ids: [T, K] (-1: not here), weights: [T, K] -> fp32 [T, hidden]."""
+        """x: [T, hidden], local ids: [T, K] (-1: not here), weights: [T, K] -> [T, hidden], fp32 on a CPU."""
         x, local_ids, topk_weights = args
         if self.packed is not None:
             return packed_experts(x, self.packed, local_ids, topk_weights)
@@ -125,16 +125,10 @@ class SparseMoe(Block):
         )
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        topk_weights, topk_ids = topk_softmax(self.router(x), self.top_k, self.renormalize)
-        return self.experts(x, self.local_ids(topk_ids, batch), topk_weights)
+        topk_weights, local_ids = self.route(self.router(x), batch)
+        return self.experts(x, local_ids, topk_weights)
 
-    def local_ids(self, topk_ids: Tensor, batch: Batch) -> Tensor:
-        """Ids among this rank's experts, -1 for those of other ranks and for padding rows."""
-        first, stop = self.owned
-        if first == 0 and stop == self.num_experts and not batch.rows.has_padding:
-            return topk_ids
-        local = topk_ids - first
-        local = local.masked_fill((local < 0) | (local >= stop - first), -1)
-        for padding in batch.rows.padding(batch.rank, 0):
-            local[padding] = -1
-        return local
+    def route(self, router_logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weights, and ids among this rank's experts: -1 for other ranks' and for padding rows."""
+        real = batch.real_rows(router_logits.device)
+        return route(router_logits, self.top_k, self.renormalize, *self.owned, real)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isomoe.blocks.leaf import Leaf, WeightSlice
-from isomoe.kernels import rms_norm
+from isomoe.kernels import add_rms_norm, on_gpu, rms_norm
 
 
 class RMSNorm(Leaf):
@@ -29,3 +29,13 @@ class RMSNorm(Leaf):
         """x: [..., size] -> the same shape."""
         (x,) = args
         return rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, residual: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+        """residual + addend in residual's dtype, and its norm: one kernel on a GPU.
+
+        residual, addend: [rows, size]. The residual may be overwritten.
+        """
+        if on_gpu(residual):
+            return add_rms_norm(residual, addend, self.weight, self.eps)
+        total = (residual + addend).to(residual.dtype)
+        return total, self(total)

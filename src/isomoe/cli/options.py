@@ -130,7 +130,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         default=str(default.device),
         metavar="DEVICE",
-        help=f"{_listed(Device)} (default: auto, which is cpu; cuda is refused as yet)",
+        help=f"{_listed(Device)} (default: auto, cuda where there is a GPU and Triton)",
     )
     group.add_argument(
         "--context-length",
@@ -178,6 +178,31 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="compute every prompt in full instead of looking for its prefix in the KV cache",
     )
     group.add_argument(
+        "--mem-fraction-static",
+        type=float,
+        default=default.mem_fraction_static,
+        metavar="F",
+        help="share of a GPU's memory for weights and KV cache (default: %(default)g)",
+    )
+    group.add_argument(
+        "--disable-cuda-graph",
+        action="store_true",
+        help="launch every kernel of every step instead of replaying captured steps",
+    )
+    group.add_argument(
+        "--cuda-graph-max-bs",
+        type=int,
+        default=default.cuda_graph_max_bs,
+        metavar="N",
+        help="capture steps that decode up to so many requests in each attention-DP group "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--disable-overlap-schedule",
+        action="store_true",
+        help="schedule a step only when the one before has ended, on GPUs too",
+    )
+    group.add_argument(
         "--watchdog-timeout-seconds",
         type=float,
         default=default.watchdog_timeout_seconds,
@@ -215,6 +240,10 @@ def engine_config_from(args: argparse.Namespace, layout: Parallelism | None = No
         chunked_prefill_size=args.chunked_prefill_size,
         max_prefill_tokens=args.max_prefill_tokens,
         disable_radix_cache=args.disable_radix_cache,
+        mem_fraction_static=args.mem_fraction_static,
+        disable_cuda_graph=args.disable_cuda_graph,
+        cuda_graph_max_bs=args.cuda_graph_max_bs,
+        disable_overlap_schedule=args.disable_overlap_schedule,
         watchdog_timeout_seconds=args.watchdog_timeout_seconds,
         random_seed=args.random_seed,
     )

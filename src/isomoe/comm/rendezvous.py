@@ -28,10 +28,27 @@ class Rendezvous:
 
 
 def join(port: int, rank: int, world_size: int, device: torch.device) -> None:
-    """Makes the process group of all ranks, over NCCL on CUDA and over Gloo elsewhere."""
+    """Makes the process group of all ranks.
+
+    Over NCCL where each rank has a GPU of its own, which it insists on; over Gloo elsewhere.
+    """
     store = TCPStore("127.0.0.1", port, is_master=False)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if has_own_gpu(device, world_size) else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def local_device(kind: str, rank: int) -> torch.device:
+    """The device of a rank on this host; ranks share GPUs if there are too few. Selects it."""
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def has_own_gpu(device: torch.device, world_size: int) -> bool:
+    """Whether every rank of this host has a GPU for itself."""
+    return device.type == "cuda" and torch.cuda.device_count() >= world_size
 
 
 def leave() -> None:

@@ -15,12 +15,15 @@ _ONE_ROUND_BYTES = 64 * 1024
 """Below this an all-reduce over Gloo sends everything to everybody: latency rules."""
 
 
-def torch_communicator(seat: Seat, runs: Iterable[Axes]) -> Communicator:
+def torch_communicator(
+    seat: Seat, runs: Iterable[Axes], device: torch.device | None = None
+) -> Communicator:
     """The communicator for the process group that is initialised.
 
     Args:
         runs: the runs of axes that will be used. Every rank must name the same, since all ranks
             make all groups, in one order.
+        device: where the tensors are; None is what the backend is made for.
 
     Raises:
         CollectiveError: if the backend is neither Gloo nor NCCL.
@@ -33,7 +36,8 @@ def torch_communicator(seat: Seat, runs: Iterable[Axes]) -> Communicator:
                 groups[axes] = group
     backend = dist.get_backend()
     if backend == "gloo":
-        return GlooComm(seat, groups)
+        comm = GlooComm(seat, groups)
+        return StagedComm(comm, device) if device is not None and device.type == "cuda" else comm
     if backend == "nccl":
         return NcclComm(seat, groups)
     raise CollectiveError(f"process group backend {backend!r}: gloo and nccl are supported")
@@ -119,6 +123,37 @@ class NcclComm(TorchComm):
         else:
             dist.reduce_scatter(out, split_rows(x.contiguous(), counts), group=group)
         return out
+
+
+class StagedComm(Communicator):
+    """Collectives of tensors on a GPU, by way of the host: for ranks that share a GPU.
+
+    Args:
+        inner: moves the host's tensors.
+        device: where results go.
+    """
+
+    def __init__(self, inner: Communicator, device: torch.device) -> None:
+        super().__init__(inner.seat)
+        self._inner = inner
+        self._device = device
+
+    def all_reduce(self, x: Tensor, axes: Axes) -> Tensor:
+        return self._inner.all_reduce(x.cpu(), axes).to(self._device)
+
+    def all_gather(self, x: Tensor, axes: Axes, counts: Sequence[int]) -> Tensor:
+        return self._inner.all_gather(x.cpu(), axes, counts).to(self._device)
+
+    def reduce_scatter(self, x: Tensor, axes: Axes, counts: Sequence[int]) -> Tensor:
+        return self._inner.reduce_scatter(x.cpu(), axes, counts).to(self._device)
+
+    def all_to_all(
+        self, x: Tensor, axes: Axes, send: Sequence[int], receive: Sequence[int]
+    ) -> Tensor:
+        return self._inner.all_to_all(x.cpu(), axes, send, receive).to(self._device)
+
+    def broadcast(self, x: Tensor, axes: Axes) -> Tensor:
+        return self._inner.broadcast(x.cpu(), axes).to(self._device)
 
 
 def _sum(addends: list[Tensor]) -> Tensor:

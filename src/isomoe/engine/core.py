@@ -1,7 +1,10 @@
 """The engine core: requests in, steps, tokens out."""
 
+from collections import deque
+
 import torch
 
+from isomoe.comm.rendezvous import has_own_gpu
 from isomoe.config import EngineConfig
 from isomoe.engine.executor import Executor, LocalExecutor, Progress
 from isomoe.engine.kv_cache import num_cache_pages
@@ -38,18 +41,21 @@ class EngineCore:
         self.plan = make_plan(model.chain, MACHINES[self.info.device])
         kind = LocalExecutor if config.parallelism.tp_size == 1 else ProcessExecutor
         self.last_step: Step | None = None
+        self._under_way: deque[Step] = deque()
+        self._depth = 2 if config.overlaps(self.info.device) else 1
         self.executor: Executor = kind(config, self.info, progress)
         try:
             self.scheduler = Scheduler(self._limits(model), self.plan.choose)
-            self.executor.allocate_cache(self.scheduler.limits.num_pages)
+            limits = self.scheduler.limits
+            self.executor.allocate_cache(limits.num_pages, limits.graph_rows)
         except BaseException:
             self.shutdown()
             raise
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
-        return self.scheduler.has_work
+        """Whether any request is waiting or running, or a step under way."""
+        return self.scheduler.has_work or bool(self._under_way)
 
     def add(self, request: Request) -> None:
         """Queues a request, to run from the next step on.
@@ -68,15 +74,23 @@ class EngineCore:
         self.executor.check_alive()
 
     def step(self) -> list[Update]:
-        """Runs one step; what it brought, request by request. Nothing if there is no work.
+        """Sees one step to its end; what it brought, request by request. Nothing if there is no work.
+
+        Where scheduling overlaps with running, the next step is under way by then.
 
         Raises:
             EngineDeadError: if a worker failed; nothing can be run afterwards.
         """
-        step = self.last_step = self.scheduler.schedule()
+        while len(self._under_way) < self._depth:
+            ahead = self.scheduler.schedule()
+            if ahead is None:
+                break
+            self.executor.launch(ahead)
+            self._under_way.append(ahead)
+        step = self.last_step = self._under_way.popleft() if self._under_way else None
         if step is None:
             return []
-        outputs = self.executor.execute(step)
+        outputs = self.executor.collect()
         advanced = self.scheduler.update(step, [output.token_ids for output in outputs])
         updates: list[Update] = []
         for schedule, output, mine in zip(step.schedules, outputs, advanced, strict=True):
@@ -111,7 +125,22 @@ class EngineCore:
             chunked_prefill_size=config.chunked_prefill_size,
             max_prefill_tokens=config.max_prefill_tokens or config.chunked_prefill_size,
             prefix_cache=not config.disable_radix_cache,
+            graph_rows=self._graph_rows(),
         )
+
+    def _graph_rows(self) -> tuple[int, ...]:
+        """The numbers of rows that steps are captured for, on devices that can."""
+        config = self.config
+        device = torch.device(self.info.device)
+        if config.disable_cuda_graph or not has_own_gpu(device, config.parallelism.tp_size):
+            return ()
+        return graph_ladder(min(config.cuda_graph_max_bs, config.max_running_requests))
+
+
+def graph_ladder(most: int) -> tuple[int, ...]:
+    """Numbers of rows up to `most`: steps that waste little, and are not too many to keep."""
+    found = [rows for rows in (1, 2, 4, *range(8, 65, 8), *range(80, most, 16)) if rows < most]
+    return (*found, most)
 
 
 def _with_logprobs(updates: list[Update], schedule: Schedule, output: GroupOutput) -> list[Update]:

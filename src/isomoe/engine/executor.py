@@ -1,13 +1,18 @@
 """Who runs the steps: the workers of all ranks behind one interface."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
+from typing import TypeVar
 
 from isomoe.config import EngineConfig
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.step import GroupOutput, Step
+from isomoe.engine.sampler import Answer
 from isomoe.engine.worker import Worker
 from isomoe.errors import EngineDeadError
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all) while rank 0 reads its weights."""
@@ -16,7 +21,7 @@ Progress = Callable[[int, int], None]
 class Executor(ABC):
     """Runs steps on every rank.
 
-    Its life: construction loads the weights, `allocate_cache` follows, then steps, one at a time.
+    Its life: construction loads the weights, `allocate_cache` follows, then steps.
     """
 
     @property
@@ -25,16 +30,29 @@ class Executor(ABC):
         """Memory that the KV cache may take on the rank with the least."""
 
     @abstractmethod
-    def allocate_cache(self, num_pages: int) -> None:
-        """Makes every rank's KV cache."""
+    def allocate_cache(self, num_pages: int, graph_rows: tuple[int, ...] = ()) -> None:
+        """Makes every rank's KV cache, and captures steps of so many rows where that can be."""
 
     @abstractmethod
-    def execute(self, step: Step) -> list[GroupOutput]:
-        """Runs one step and returns the answer of each attention-DP group.
+    def launch(self, step: Step) -> None:
+        """Starts a step. It runs once those before it have; `collect` brings its answers.
 
         Raises:
             EngineDeadError: if a rank fails; nothing can be run afterwards.
         """
+
+    @abstractmethod
+    def collect(self) -> list[GroupOutput]:
+        """The answers of each attention-DP group to the oldest step that has none yet.
+
+        Raises:
+            EngineDeadError: if a rank fails; nothing can be run afterwards.
+        """
+
+    def execute(self, step: Step) -> list[GroupOutput]:
+        """One step, from its start to its answers."""
+        self.launch(step)
+        return self.collect()
 
     @property
     def pids(self) -> list[int]:
@@ -56,6 +74,7 @@ class LocalExecutor(Executor):
         self, config: EngineConfig, info: ModelInfo, progress: Progress | None = None
     ) -> None:
         self._worker: Worker | None = Worker(config, info, progress=progress)
+        self._answers: deque[Answer] = deque()
         self._over = "the engine was shut down"
 
     @property
@@ -63,21 +82,34 @@ class LocalExecutor(Executor):
         """Memory that the KV cache may take."""
         return self._alive().available_bytes()
 
-    def allocate_cache(self, num_pages: int) -> None:
+    def allocate_cache(self, num_pages: int, graph_rows: tuple[int, ...] = ()) -> None:
         """Makes the KV cache."""
-        self._alive().allocate_cache(num_pages)
+        self._alive().allocate_cache(num_pages, graph_rows)
 
-    def execute(self, step: Step) -> list[GroupOutput]:
-        """Runs one step."""
+    @property
+    def worker(self) -> Worker:
+        """The one rank."""
+        return self._alive()
+
+    def launch(self, step: Step) -> None:
+        """Starts a step."""
         worker = self._alive()
+        answer = self._checked(lambda: worker.launch(step.shape, step.groups[0]))
+        assert answer is not None
+        self._answers.append(answer)
+
+    def collect(self) -> list[GroupOutput]:
+        """The answer to the oldest step."""
+        self._alive()
+        return [self._checked(self._answers.popleft().wait)]
+
+    def _checked(self, call: Callable[[], T]) -> T:
         try:
-            output = worker.execute(step.shape, step.groups[0])
+            return call()
         except Exception as error:
             self._worker = None
             self._over = f"rank 0 raised {type(error).__name__}: {error}"
             raise EngineDeadError(self._over) from error
-        assert output is not None
-        return [output]
 
     def shutdown(self) -> None:
         """Lets go of the weights and the KV cache."""

@@ -39,9 +39,14 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocateCache:
-    """The second message to a worker process."""
+    """The second message to a worker process.
+
+    Attributes:
+        graph_rows: the numbers of rows that steps are captured for.
+    """
 
     num_pages: int
+    graph_rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

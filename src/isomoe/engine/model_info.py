@@ -2,8 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from isomoe.config import Device, DType, EngineConfig, LoadFormat
 from isomoe.engine.grammar import GrammarFactory
@@ -22,7 +25,7 @@ class ModelInfo:
         folder: where it lies.
         hf_config: its config.json.
         dtype: the torch dtype's name.
-        device: cpu.
+        device: cpu or cuda.
         context_length: the most tokens of a request.
         vocab_size: token ids are below it.
         eos_token_ids: the tokens that end a text.
@@ -79,13 +82,21 @@ def _dtype(asked: DType, hf_config: HFConfig) -> str:
 
 
 def _device(asked: Device) -> str:
-    if asked is Device.CUDA:
-        # The plain-torch kernels ran on an H100 once, and 3 of 100 answers were right.
-        raise ConfigError(
-            "--device cuda: GPUs are not supported yet, their answers were wrong when tried; "
-            "--device cpu works"
-        )
-    return str(Device.CPU)
+    if asked is Device.CPU:
+        return str(Device.CPU)
+    lacking = _lacks_for_cuda()
+    if asked is Device.CUDA and lacking is not None:
+        raise ConfigError(f"--device cuda: {lacking}; --device cpu works")
+    return str(Device.CUDA if lacking is None else Device.CPU)
+
+
+def _lacks_for_cuda() -> str | None:
+    """What this host lacks to run on a GPU; None if it lacks nothing."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    if find_spec("triton") is None:
+        return "Triton is missing, and pip install 'isomoe[gpu]' brings it"
+    return None
 
 
 def _context_length(asked: int | None, hf_config: HFConfig) -> int:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -40,11 +41,16 @@ _STOP_SECONDS = 3.0
 
 @dataclass(slots=True, eq=False)
 class _Rank:
-    """The parent's end of one worker."""
+    """The parent's end of one worker.
+
+    Attributes:
+        said: messages that nobody has taken yet: a rank may be a step ahead of another.
+    """
 
     rank: int
     process: subprocess.Popen[bytes]
     pipe: Connection
+    said: deque[Any] = field(default_factory=deque)
     failure: Failure | None = None
 
 
@@ -95,13 +101,13 @@ class ProcessExecutor(Executor):
         """Memory that the KV cache may take on the rank with the least."""
         return self._available_bytes
 
-    def allocate_cache(self, num_pages: int) -> None:
+    def allocate_cache(self, num_pages: int, graph_rows: tuple[int, ...] = ()) -> None:
         """Makes every rank's KV cache."""
-        self._send(self._ranks, AllocateCache(num_pages=num_pages))
+        self._send(self._ranks, AllocateCache(num_pages=num_pages, graph_rows=graph_rows))
         self._collect(self._ranks, CacheReady)
 
-    def execute(self, step: Step) -> list[GroupOutput]:
-        """Runs one step. Each group is sent its own part alone."""
+    def launch(self, step: Step) -> None:
+        """Starts a step. Each group is sent its own part alone."""
         if not self._end.alive:
             raise EngineDeadError(self._over)
         width = self._attn_tp
@@ -110,7 +116,12 @@ class ProcessExecutor(Executor):
         for index, group in enumerate(step.groups):
             ranks = self._ranks[index * width : (index + 1) * width]
             self._send(ranks, WorkerStep(shape=shape, group=group))
-        return self._collect(self._ranks[::width], GroupOutput)
+
+    def collect(self) -> list[GroupOutput]:
+        """The answers to the oldest step."""
+        if not self._end.alive:
+            raise EngineDeadError(self._over)
+        return self._collect(self._ranks[:: self._attn_tp], GroupOutput)
 
     def check_alive(self) -> None:
         # A worker says nothing between steps, so that whatever can be read is its end.
@@ -135,11 +146,10 @@ class ProcessExecutor(Executor):
     ) -> list[Any]:
         """One message of `kind` from each of `ranks`, in their order."""
         loading = kind is Loaded
-        found: dict[int, Any] = {}
-        while len(found) < len(ranks):
+        while silent := [rank for rank in ranks if not rank.said]:
             ready = self._selector.select(None if loading else self._watchdog_seconds)
             if not ready:
-                self._give_up([rank for rank in ranks if rank.rank not in found])
+                self._give_up(silent)
             for key, _ in ready:
                 rank: _Rank = key.data
                 match _receive(rank):
@@ -150,8 +160,8 @@ class ProcessExecutor(Executor):
                             progress(done, total)
                     case message:
                         assert isinstance(message, kind), f"rank {rank.rank} sent {message}"
-                        found[rank.rank] = message
-        return [found[rank.rank] for rank in ranks]
+                        rank.said.append(message)
+        return [rank.said.popleft() for rank in ranks]
 
     def _give_up(self, silent: list[_Rank]) -> NoReturn:
         """Ends everything because ranks do not answer."""

@@ -4,7 +4,9 @@ Penalties, biases and grammars adjust the logits that tokens are drawn from. The
 reported are those of the model's own logits, as vLLM's `raw_logprobs`.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,19 +17,26 @@ from isomoe.engine.adjuster import Adjuster
 from isomoe.engine.grammar import GrammarFactory
 from isomoe.engine.outputs import TokenLogprob
 from isomoe.engine.step import GroupOutput, Request
+from isomoe.engine.transfer import Later, to_device, to_host
 from isomoe.errors import EngineDeadError
-from isomoe.kernels import RowSampling, logprobs, sample, top_logprobs
+from isomoe.kernels import RowSampling, chosen_logprobs, greedy, logprobs, sample, top_logprobs
 from isomoe.kernels.sampling import RowAdjustment, adjust
 
 _SCORED_ROWS = 256
 """Rows that are turned into fp32 log-probabilities at once: bounds the memory of long prompts."""
 
 
+Scores = Callable[[], list[TokenLogprob]]
+Answer = Later[GroupOutput]
+"""A group's answer to a step, once its device has it."""
+
+
 class Draw(NamedTuple):
     """One request's rows of logits in a step.
 
     Attributes:
-        tokens: the request's tokens so far, prompt and output; a sampled one is appended.
+        tokens: the request's tokens as far as the host knows them, prompt and output; a sampled
+            one is appended when it arrives.
         start: position of its first row that has logits. The prompt tokens that follow those
             rows are scored, if asked for.
         wanted: how many rows of logits it has.
@@ -39,6 +48,18 @@ class Draw(NamedTuple):
     start: int
     wanted: int
     samples: bool
+
+
+class Sampled(NamedTuple):
+    """What a step's sampling has been told to do.
+
+    Attributes:
+        ids: [sampling requests] int64, the drawn tokens, on the device; None if nobody samples.
+        answer: what the group answers; None on a rank that does not answer, or knows no tokens.
+    """
+
+    ids: Tensor | None
+    answer: Answer | None
 
 
 class Sampler:
@@ -56,56 +77,76 @@ class Sampler:
         self._known: set[int] = set()
         self._adjusters: dict[int, Adjuster] = {}
         self._attn_tp = comm.seat.mesh.attn_tp
+        self._open: deque[Answer] = deque()
 
-    def run(self, logits: Tensor, draws: Sequence[Draw]) -> GroupOutput | None:
-        """Samples, and appends each token to its request.
+    def launch(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:
+        """Tells the device to sample and to score; waits for it only where a draw depends on it.
 
         Args:
-            logits: [L, V], the rows of the draws, in order.
-
-        Returns:
-            The group's answer on its first rank, None on the others.
+            logits: [L, V], the rows of the draws, in order; what follows them is padding.
         """
-        output = GroupOutput()
-        if self._first:
-            self._score_prompts(logits, draws, output)
+        scores = self._score_prompts(logits, draws) if self._first else {}
         drawing = [draw for draw in draws if draw.samples]
+        ids, finite, chosen = None, None, None
         if drawing:
-            if logits.shape[0] != len(drawing):
-                logits = logits.index_select(0, _last_rows(draws, logits.device))
-            ids = self._draw(logits, drawing)
-            output.token_ids.extend(ids.tolist())
-            for draw, token in zip(drawing, output.token_ids, strict=True):
-                draw.tokens.append(token)
+            if len(drawing) < logits.shape[0]:
+                logits = _last_rows(logits, draws)
+            ids, finite = self._draw(logits, drawing)
             if self._first:
-                output.logprobs.extend(_chosen(logits, ids, drawing))
-        return output if self._first else None
+                chosen = _chosen(logits, ids, drawing)
+        on_cpu = logits.device.type == "cpu"
+        if not self._first and not on_cpu:
+            return Sampled(ids, None)  # the tokens stay on the device
+        host_ids = None if ids is None else to_host(ids)
+        host_finite = None if finite is None else to_host(finite)
+
+        def answer() -> GroupOutput:
+            output = GroupOutput()
+            if host_finite is not None and not bool(host_finite.all()):
+                raise EngineDeadError("logits are not finite: do the weights hold NaN?")
+            if host_ids is not None:
+                output.token_ids.extend(host_ids.tolist())
+                for draw, token in zip(drawing, output.token_ids, strict=True):
+                    draw.tokens.append(token)
+            if chosen is not None:
+                output.logprobs.extend(chosen(output.token_ids))
+            for request_id, pieces in scores.items():
+                found = [token for piece in pieces for token in piece()]
+                output.prompt_logprobs[request_id] = found
+            return output
+
+        later = Later(answer, logits.device)
+        if not on_cpu:
+            self._open.append(later)
+        return Sampled(ids, later if self._first else None)
 
     def forget(self, request_id: int) -> None:
         """Drops what is kept of a request. Should it return, its tokens tell all again."""
         self._known.discard(request_id)
         self._adjusters.pop(request_id, None)
 
-    def _draw(self, logits: Tensor, drawing: list[Draw]) -> Tensor:
-        if self._first:
-            best, ids = logits.float().max(dim=-1)  # slow in bf16 on CPUs
-            if not bool(best.isfinite().all()):
-                raise EngineDeadError("logits are not finite: do the weights hold NaN?")
-            adjusted = self._adjustments(drawing, logits.shape[1])
-            if adjusted:
-                found = adjust(_rows(logits, list(adjusted)), list(adjusted.values()))
-                ids[list(adjusted)] = sample(found, [_row_sampling(drawing[i]) for i in adjusted])
-            warm = [
-                index
-                for index, draw in enumerate(drawing)
-                if draw.request.params.temperature and index not in adjusted
-            ]
-            if warm:
-                found = sample(_rows(logits, warm), [_row_sampling(drawing[i]) for i in warm])
-                ids[warm] = found
-        else:
+    def _draw(self, logits: Tensor, drawing: list[Draw]) -> tuple[Tensor, Tensor | None]:
+        """The tokens, and on the first rank whether their logits were finite."""
+        if not self._first:
             ids = torch.empty(len(drawing), dtype=torch.int64, device=logits.device)
-        return self._comm.broadcast(ids, self._attn_tp) if self._attn_tp else ids
+            return self._comm.broadcast(ids, self._attn_tp), None
+        ids, finite = greedy(logits)
+        adjusted = self._adjustments(drawing, logits.shape[1])
+        if adjusted:
+            found = adjust(_rows(logits, list(adjusted)), list(adjusted.values()))
+            ids[list(adjusted)] = sample(found, [_row_sampling(drawing[i]) for i in adjusted])
+        warm = [
+            index
+            for index, draw in enumerate(drawing)
+            if draw.request.params.temperature and index not in adjusted
+        ]
+        if warm:
+            found = sample(_rows(logits, warm), [_row_sampling(drawing[i]) for i in warm])
+            if len(warm) == len(drawing):
+                ids = found
+            else:
+                ids.index_copy_(0, to_device(warm, torch.int64, ids.device), found)
+        return self._comm.broadcast(ids, self._attn_tp) if self._attn_tp else ids, finite
 
     def _adjustments(self, drawing: list[Draw], vocab_size: int) -> dict[int, RowAdjustment]:
         """By row, for those that are not drawn from the model's own logits."""
@@ -113,6 +154,8 @@ class Sampler:
             if draw.request.request_id not in self._known:
                 self._meet(draw.request, vocab_size)
         found: dict[int, RowAdjustment] = {}
+        while self._open and (self._adjusters or self._open[0].ready):
+            self._open.popleft().wait()  # an adjustment depends on all tokens before
         if self._adjusters:
             for index, draw in enumerate(drawing):
                 adjuster = self._adjusters.get(draw.request.request_id)
@@ -126,36 +169,45 @@ class Sampler:
         if request.params.adjusts_logits:
             self._adjusters[request.request_id] = Adjuster(request, vocab_size, self._grammars)
 
-    def _score_prompts(self, logits: Tensor, draws: Sequence[Draw], output: GroupOutput) -> None:
+    def _score_prompts(
+        self, logits: Tensor, draws: Sequence[Draw]
+    ) -> dict[int, list[Scores]]:
+        """By request, its scored prompt tokens in pieces, for when they have arrived."""
         row = 0
+        scores: dict[int, list[Scores]] = {}
         for draw in draws:
             request, first = draw.request, draw.start + 1
             top = request.params.prompt_logprobs
             if top is not None and first < len(request.prompt_token_ids):
                 targets = request.prompt_token_ids[first : first + draw.wanted]
-                found: list[TokenLogprob] = []
+                pieces: list[Scores] = []
                 for at in range(0, len(targets), _SCORED_ROWS):
                     some = targets[at : at + _SCORED_ROWS]
                     piece = logits[row + at : row + at + len(some)]
-                    found += _scored(piece, some, [top] * len(some))
-                output.prompt_logprobs[request.request_id] = found
+                    ids = to_device(some, torch.int64, logits.device)
+                    scored = _scored(piece, ids, [top] * len(some))
+                    pieces.append(partial(scored, some))
+                scores[request.request_id] = pieces
             row += draw.wanted
+        return scores
 
 
-def _last_rows(draws: Sequence[Draw], device: torch.device) -> Tensor:
-    """The row from which each sampling request draws."""
+def _last_rows(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The rows from which requests draw."""
     rows, row = [], 0
     for draw in draws:
         row += draw.wanted
         if draw.samples:
             rows.append(row - 1)
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    if rows == list(range(len(rows))):
+        return logits[: len(rows)]
+    return logits.index_select(0, to_device(rows, torch.int64, logits.device))
 
 
 def _rows(logits: Tensor, indices: list[int]) -> Tensor:
     if len(indices) == logits.shape[0]:
         return logits
-    return logits.index_select(0, torch.tensor(indices, device=logits.device))
+    return logits.index_select(0, to_device(indices, torch.int64, logits.device))
 
 
 def _row_sampling(draw: Draw) -> RowSampling:
@@ -166,35 +218,52 @@ def _row_sampling(draw: Draw) -> RowSampling:
         top_p=params.top_p,
         min_p=params.min_p,
         seed=draw.request.seed,
-        position=len(draw.tokens),
+        position=draw.start + draw.wanted,
     )
 
 
-def _chosen(logits: Tensor, ids: Tensor, drawing: list[Draw]) -> list[TokenLogprob | None]:
-    """The drawn tokens' logprobs, None where not asked for; empty if nobody asked."""
+def _chosen(
+    logits: Tensor, ids: Tensor, drawing: list[Draw]
+) -> Callable[[Sequence[int]], list[TokenLogprob | None]] | None:
+    """From the drawn tokens to their logprobs, None where not asked for; None if nobody asked."""
     tops = [draw.request.params.logprobs for draw in drawing]
     asked = [index for index, top in enumerate(tops) if top is not None]
     if not asked:
-        return []
+        return None
     if len(asked) < len(drawing):
-        index = torch.tensor(asked, dtype=torch.int64, device=logits.device)
+        index = to_device(asked, torch.int64, logits.device)
         logits, ids = logits.index_select(0, index), ids.index_select(0, index)
-    scored = iter(_scored(logits, ids.tolist(), [top for top in tops if top is not None]))
-    return [None if top is None else next(scored) for top in tops]
+    scored = _scored(logits, ids, [top for top in tops if top is not None])
+
+    def chosen(tokens: Sequence[int]) -> list[TokenLogprob | None]:
+        found = iter(scored([tokens[index] for index in asked]))
+        return [None if top is None else next(found) for top in tops]
+
+    return chosen
 
 
-def _scored(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
-    """Each row's token and likeliest candidates. logits: [rows, V]."""
-    every = logprobs(logits)
-    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
-    own = every.gather(1, index.unsqueeze(1)).squeeze(1).tolist()
+def _scored(
+    logits: Tensor, ids: Tensor, tops: Sequence[int]
+) -> Callable[[Sequence[int]], list[TokenLogprob]]:
+    """From each row's token to it and the likeliest candidates, once the device has them.
+
+    logits: [rows, V]; ids: [rows] int64, the tokens, which the host may not know yet.
+    """
     most = min(max(tops), logits.shape[1])
     if not most:
-        return [TokenLogprob(*pair) for pair in zip(tokens, own, strict=True)]
-    values, ids = top_logprobs(every, most)
-    return [
-        TokenLogprob(token, logprob, tuple(zip(row_ids[:top], row_values[:top], strict=True)))
-        for token, logprob, top, row_ids, row_values in zip(
-            tokens, own, tops, ids.tolist(), values.tolist(), strict=True
-        )
-    ]
+        own = to_host(chosen_logprobs(logits, ids))
+        return lambda tokens: [
+            TokenLogprob(*pair) for pair in zip(tokens, own.tolist(), strict=True)
+        ]
+    every = logprobs(logits)
+    own = to_host(every.gather(1, ids.unsqueeze(1)).squeeze(1))
+    values, candidates = map(to_host, top_logprobs(every, most))
+
+    def scored(tokens: Sequence[int]) -> list[TokenLogprob]:
+        columns = zip(tokens, own.tolist(), tops, candidates.tolist(), values.tolist(), strict=True)
+        return [
+            TokenLogprob(token, logprob, tuple(zip(row_ids[:top], row_values[:top], strict=True)))
+            for token, logprob, top, row_ids, row_values in columns
+        ]
+
+    return scored

@@ -30,6 +30,8 @@ class Limits:
             decode have one each beside these.
         headroom_tokens: how far all running requests must be able to grow for one more to join.
         prefix_cache: whether requests that begin alike share pages.
+        graph_rows: ascending; a step that only decodes, and has at most so many rows in each group,
+            is padded to the next of these in every group. Empty: nothing is padded.
     """
 
     attn_dp_size: int
@@ -40,6 +42,7 @@ class Limits:
     max_prefill_tokens: int
     headroom_tokens: int = 128
     prefix_cache: bool = True
+    graph_rows: tuple[int, ...] = ()
 
     def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
         """Raises RequestError if the KV cache could never hold such a request."""
@@ -71,14 +74,16 @@ class _Member:
     """A request, waiting or running.
 
     Attributes:
-        tokens: prompt and output so far.
+        tokens: prompt and output so far, as far as `update` has told.
+        length: its tokens, those included that steps under way will sample.
         stop_ids: the request's.
         end: its tokens when max_tokens are generated.
         unscored: its first prompt row whose logits are still wanted; None if none is.
         group: where it runs; None while it waits.
         pages: in the order of its tokens.
         nodes: of its first pages, which belong to the prefix cache; the others are its own.
-        computed: tokens whose keys are cached, this step's included once it is scheduled.
+        computed: tokens whose keys are cached, a step's included once it is scheduled.
+        under_way: scheduled steps with rows of it that `update` has not told of.
         decodes: whether all but the last token, which was sampled here, are.
         publish_at: when so many are, one more page is full for the prefix cache.
         cached: prompt tokens that it found in the cache when it first ran; None until it has run.
@@ -86,6 +91,7 @@ class _Member:
 
     request: Request
     tokens: list[int]
+    length: int
     stop_ids: frozenset[int]
     end: int
     unscored: int | None
@@ -93,9 +99,15 @@ class _Member:
     pages: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     computed: int = 0
+    under_way: int = 0
     decodes: bool = False
     publish_at: float = math.inf
     cached: int | None = None
+
+    @property
+    def can_run(self) -> bool:
+        """Whether a step can have rows of it: not if its last token is sampled by one under way."""
+        return self.computed < self.length and not (self.decodes and self.length >= self.end)
 
 
 class _Group:
@@ -196,6 +208,7 @@ class Scheduler:
         member = _Member(
             request=request,
             tokens=list(prompt),
+            length=len(prompt),
             stop_ids=request.stop_ids,
             end=len(prompt) + request.max_tokens,
             unscored=max(0, request.params.prompt_logprobs_start - 1) if scored else None,
@@ -222,13 +235,15 @@ class Scheduler:
         return True
 
     def schedule(self) -> Step | None:
-        """The next step; None if there is nothing to do.
+        """The next step; None if there is nothing to do, or nothing before the next `update`.
 
-        What it schedules counts as computed: run it, then call `update`.
+        What it schedules counts as computed: run it, then call `update`. The next one may be
+        scheduled before that, if steps are run and told of in order.
         """
         self._admit()
-        if len(self._waiting) == len(self._members):
-            assert not self._members, "requests wait, and no group has room"
+        if not any(member.can_run for group in self._groups for member in group.running):
+            waits = self._waiting and not any(group.running for group in self._groups)
+            assert not waits, "requests wait, and no group has room"
             return None
         parts = tuple([self._group_step(group) for group in self._groups])
         schedules = tuple([group.schedule for group in self._groups])
@@ -298,7 +313,7 @@ class Scheduler:
         available = group.cache.num_available - sum(not node.refs for node in nodes)
         wanted = -len(nodes) - sum(len(one.pages) for one in group.running)
         for one in (*group.running, member):
-            ahead = len(one.tokens) + self.limits.headroom_tokens
+            ahead = one.length + self.limits.headroom_tokens
             wanted += pages_for(min(ahead, one.end), size)
         return wanted <= available or not group.running
 
@@ -330,16 +345,18 @@ class Scheduler:
         self._decode(group)
         if group.steady:
             return group.part(None)
-        chosen = [member for member in group.running if member.decodes]
+        chosen = [member for member in group.running if member.decodes and member.can_run]
         group.steady = len(chosen) == len(group.running)
         num_tokens = [1] * len(chosen)
         num_logits = [1] * len(chosen)
         samples = [True] * len(chosen)
         for member in chosen:
             member.computed += 1
+            member.length += 1
+            member.under_way += 1
         budget = self.limits.max_prefill_tokens
         for member in () if group.steady else group.running:
-            if member.decodes or not budget:
+            if member.decodes or not budget or not member.can_run:
                 continue
             begin = member.computed
             tokens = min(len(member.tokens) - begin, budget, self.limits.chunked_prefill_size)
@@ -351,6 +368,10 @@ class Scheduler:
                 wanted = member.computed - max(begin, member.unscored)
                 scored = member.computed >= len(member.request.prompt_token_ids)
                 member.unscored = None if scored else member.computed
+            member.under_way += 1
+            if last:
+                member.decodes = True
+                member.length += 1
             chosen.append(member)
             num_tokens.append(tokens)
             num_logits.append(wanted)
@@ -366,14 +387,16 @@ class Scheduler:
     def _decode(self, group: _Group) -> None:
         """Sees to it that every request in decode has a page for its next token.
 
-        In a steady group the next token of each is counted as computed here.
+        In a steady group the next token of each is counted as scheduled here.
         """
         size = self.limits.page_size
         index = 0
         while index < len(group.running):
             member = group.running[index]
             index += 1
-            if len(member.tokens) > len(member.pages) * size:
+            if member.length >= member.end:
+                group.steady = group.steady and not member.decodes
+            elif member.length > len(member.pages) * size:
                 while not group.cache.num_available:
                     self._retract(group.running[-1])
                 if member.group is None:
@@ -384,6 +407,8 @@ class Scheduler:
         if group.steady:
             for member in group.running:
                 member.computed += 1
+                member.length += 1
+                member.under_way += 1
 
     def _retract(self, member: _Member) -> None:
         """Takes a request's pages back; it joins again before all who wait."""
@@ -400,8 +425,7 @@ class Scheduler:
             member = members.get(request_id)
             if member is None:  # removed while the step ran
                 continue
-            if member.computed >= member.publish_at:
-                self._publish(member)
+            member.under_way -= 1
             reason = None
             if token is not None:
                 member.tokens.append(token)
@@ -409,18 +433,17 @@ class Scheduler:
                     reason = FinishReason.STOP
                 elif len(member.tokens) >= member.end:
                     reason = FinishReason.LENGTH
-                else:
-                    member.decodes = True
-            elif member.computed == len(member.tokens) == member.end:
+            elif member.computed == len(member.tokens) == member.end and not member.under_way:
                 reason = FinishReason.LENGTH
-            else:
+            if member.computed >= member.publish_at:
+                self._publish(member)
+            if token is None and reason is None:
                 continue
             cached = member.cached or 0
             if cached:
                 member.cached = 0
             if reason is not None:
-                del members[request_id]
-                self._leave(member)
+                self.remove(request_id)
             updates.append(Update(request_id, token, reason, cached))
         return updates
 
@@ -461,12 +484,29 @@ class Scheduler:
 
     def _form_shape(self, schedules: Sequence[Schedule]) -> StepShape:
         rows = tuple([sum(schedule.num_tokens) for schedule in schedules])
+        held = self._graph_rows(rows, schedules)
+        if held is None:
+            logits_rows = tuple([_logits_rows(schedule) for schedule in schedules])
+            return StepShape(
+                rows=rows, padded=None, logits_rows=logits_rows, regime=self._choose(rows)
+            )
         return StepShape(
             rows=rows,
-            padded=None,
-            logits_rows=tuple([_logits_rows(schedule) for schedule in schedules]),
-            regime=self._choose(rows),
+            padded=(held,) * len(rows),
+            logits_rows=(tuple(range(held)),) * len(rows),
+            regime=self._choose((held,) * len(rows)),
         )
+
+    def _graph_rows(self, rows: Sequence[int], schedules: Sequence[Schedule]) -> int | None:
+        """Rows of each group in a captured step; None for one that cannot be captured."""
+        most = max(rows)
+        if not self.limits.graph_rows or most > self.limits.graph_rows[-1]:
+            return None
+        if not all(all(group.samples) for group in schedules) or any(
+            sum(group.num_tokens) > len(group.num_tokens) for group in schedules
+        ):
+            return None
+        return next(size for size in self.limits.graph_rows if size >= most)
 
 
 def _logits_rows(schedule: Schedule) -> tuple[int, ...]:

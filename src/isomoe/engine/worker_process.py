@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -23,10 +24,13 @@ from isomoe.engine.messages import (
     Stop,
     WorkerStep,
 )
+from isomoe.engine.sampler import Answer
 from isomoe.engine.step import StepShape
 from isomoe.engine.worker import Worker
 from isomoe.errors import IsomoeError
 
+_ANSWER_POLL_SECONDS = 50e-6
+"""How often a worker looks whether its device has an answer, while no step comes in."""
 _PROGRESS_SECONDS = 0.05
 """The shortest time between two reports on loading."""
 
@@ -60,16 +64,21 @@ def _serve(pipe: Connection) -> None:
     worker = Worker(launch.config, launch.info, launch.rank, launch.port, progress)
     _send(pipe, Loaded(available_bytes=worker.available_bytes()))
     last: StepShape | None = None
+    answers: deque[Answer] = deque()
     while True:
+        # Answers go out as soon as they are there, and the next step is taken while they are not.
+        while answers and (answers[0].ready or not pipe.poll(_ANSWER_POLL_SECONDS)):
+            if answers[0].ready:
+                _send(pipe, answers.popleft().wait())
         match pickle.loads(pipe.recv_bytes()):
             case WorkerStep(shape=shape, group=group):
                 last = shape or last
                 assert last is not None
-                output = worker.execute(last, group)
-                if output is not None:
-                    _send(pipe, output)
-            case AllocateCache(num_pages=num_pages):
-                worker.allocate_cache(num_pages)
+                answer = worker.launch(last, group)
+                if answer is not None:
+                    answers.append(answer)
+            case AllocateCache(num_pages=num_pages, graph_rows=graph_rows):
+                worker.allocate_cache(num_pages, graph_rows)
                 _send(pipe, CacheReady())
             case Stop():
                 return

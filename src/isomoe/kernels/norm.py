@@ -20,3 +20,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     scale = square.mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
     normed: Tensor = (x * scale).to(weight.dtype)
     return normed.mul_(weight)
+
+
+def add_rms_norm(
+    residual: Tensor, addend: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream's step from one read to the next: adds, then norms the sum.
+
+    residual, addend: [T, H]. Returns the sum in residual's dtype, and `rms_norm` of that.
+    """
+    total = (residual + addend).to(residual.dtype)
+    return total, rms_norm(total, weight, eps)

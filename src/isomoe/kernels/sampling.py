@@ -73,6 +73,20 @@ def logprobs(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row, [T] int64, and whether its logit is finite, [T] bool.
+
+    logits: [T, V], any float dtype. The lowest id among ties.
+    """
+    best, ids = logits.float().max(dim=-1)  # slow in bf16 on CPUs
+    return ids, best.isfinite()
+
+
+def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """The log-probability of one token a row, [T] fp32. logits: [T, V]; ids: [T] int64."""
+    return logprobs(logits).gather(1, ids.unsqueeze(1)).squeeze(1)
+
+
 def top_logprobs(row_logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest, largest first. row_logprobs: [T, V] fp32.
 

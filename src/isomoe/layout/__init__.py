@@ -6,7 +6,7 @@ from isomoe.layout.mesh import Axes, Mesh, Seat
 from isomoe.layout.moves import Move, Op, cheapest
 from isomoe.layout.parallelism import Parallelism
 from isomoe.layout.placement import Letter, Placement, row_sharded
-from isomoe.layout.plan import Plan, ReadPlan, Regime, RegimePlan, make_plan, regimes
+from isomoe.layout.plan import Plan, ReadPlan, Regime, RegimePlan, Settle, make_plan, regimes
 from isomoe.layout.rows import LogitsRows, Rows, TokenRows
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "RegimePlan",
     "Rows",
     "Seat",
+    "Settle",
     "TokenRows",
     "Variant",
     "cheapest",

@@ -277,12 +277,13 @@ def _on_local_ids(change: Callable[[Tensor], Tensor]) -> Callable[[CausalLM], No
 
 
 def _change_local_ids(block: SparseMoe, change: Callable[[Tensor], Tensor]) -> None:
-    local_ids = block.local_ids
+    route = block.route
 
-    def mutated(topk_ids: Tensor, batch: Batch) -> Tensor:
-        return change(local_ids(topk_ids, batch))
+    def mutated(router_logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        weights, ids = route(router_logits, batch)
+        return weights, change(ids)
 
-    block.local_ids = mutated  # type: ignore[method-assign]
+    block.route = mutated  # type: ignore[method-assign]
 
 
 def _lose_last_slot(ids: Tensor) -> Tensor:

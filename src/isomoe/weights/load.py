@@ -71,13 +71,15 @@ def load_dummy(wanted: Iterable[WeightSlice], seed: int) -> None:
 
     Each tensor is drawn whole from a generator seeded with its name, then cut. Matrices are
     normal(0, DUMMY_STD); vectors are norms or biases: 1 plus the same noise, or the noise.
+    They are drawn where they will lie, and a GPU draws other numbers than a CPU.
     """
     for piece in wanted:
         if not piece.out.numel():
             continue
         digest = hashlib.sha256(f"{seed}/{piece.source}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        full = torch.randn(piece.shape, generator=generator).mul_(DUMMY_STD)
+        device = piece.out.device
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+        full = torch.randn(piece.shape, generator=generator, device=device).mul_(DUMMY_STD)
         if len(piece.shape) == 1 and not piece.source.endswith("bias"):
             full += 1
         piece.out.copy_(full[piece.index])
