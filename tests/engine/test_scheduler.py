@@ -7,8 +7,10 @@ every request ends with the output that it has alone, no page is lost or held tw
 is exceeded.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ from isomoe.errors import RequestError
 STOP_TOKEN = 7
 
 
-def limits(**changes: int) -> Limits:
+def limits(**changes: Any) -> Limits:
     sizes = {
         "attn_dp_size": 1,
         "num_pages": 64,
@@ -153,9 +155,15 @@ class Group:
 
 
 class Replica:
-    """A scheduler with its made-up workers."""
+    """A scheduler with its made-up workers.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        depth: steps that are scheduled before the first of them is told of.
+    """
+
+    def __init__(self, limits: Limits, depth: int = 1) -> None:
+        self.depth = depth
+        self.under_way: deque[tuple[Step, list[list[int]]]] = deque()
         self.scheduler = Scheduler(limits, choose=sum)
         # Of the prompt tokens, in order: a request may come back to another group.
         self.scored: dict[int, list[int]] = {}
@@ -165,17 +173,40 @@ class Replica:
         self.cached: dict[int, int] = {}
 
     def step(self) -> Step | None:
-        step = self.scheduler.schedule()
-        if step is None:
+        while len(self.under_way) < self.depth:
+            ahead = self.scheduler.schedule()
+            if ahead is None:
+                break
+            self.under_way.append((ahead, self.launch(ahead)))
+        if not self.under_way:
             return None
+        step, sampled = self.under_way.popleft()
+        self.update(step, sampled)
+        return step
+
+    def launch(self, step: Step) -> list[list[int]]:
         sampled = [group.run(part) for group, part in zip(self.groups, step.groups, strict=True)]
+        shape = step.shape
         for group, rows, chosen, schedule in zip(
-            self.groups, step.shape.rows, step.shape.logits_rows, step.schedules, strict=True
+            self.groups, shape.rows, shape.logits_rows, step.schedules, strict=True
         ):
             assert schedule == group.schedule
             assert rows == sum(schedule.num_tokens)
-            assert len(chosen) == sum(schedule.num_logits)
-        assert step.shape.regime == sum(step.shape.rows) > 0
+            if shape.padded is None:
+                assert len(chosen) == sum(schedule.num_logits)
+            else:
+                assert all(schedule.samples)
+                assert set(schedule.num_tokens) <= {1}
+                assert chosen == tuple(range(shape.padded[0]))
+        limits = self.scheduler.limits
+        if shape.padded is not None:
+            held = min(size for size in limits.graph_rows if size >= max(shape.rows))
+            assert shape.padded == (held,) * limits.attn_dp_size
+        assert shape.regime == sum(shape.padded or shape.rows) > 0
+        assert sum(shape.rows) > 0
+        return sampled
+
+    def update(self, step: Step, sampled: list[list[int]]) -> None:
         for advance in [a for part in self.scheduler.update(step, sampled) for a in part]:
             if advance.token_id is not None:
                 self.outputs.setdefault(advance.request_id, []).append(advance.token_id)
@@ -186,7 +217,6 @@ class Replica:
                 assert advance.request_id not in self.reasons
                 self.reasons[advance.request_id] = advance.finish_reason
         self.scheduler.check()
-        return step
 
     def run(self) -> list[Step]:
         """Steps until nothing is left to do."""
@@ -205,7 +235,7 @@ PROMPTS = st.tuples(st.sampled_from((0, 4, 9, 16)), TAILS).map(
 ARRIVALS = st.tuples(PROMPTS, st.integers(0, 24), st.none() | st.integers(0, 12))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     groups=st.integers(1, 3),
     pages=st.integers(13, 30),
@@ -214,11 +244,23 @@ ARRIVALS = st.tuples(PROMPTS, st.integers(0, 24), st.none() | st.integers(0, 12)
     most=st.integers(1, 5),
     headroom=st.sampled_from((1, 6, 40)),
     prefix_cache=st.booleans(),
+    graph_rows=st.sampled_from(((), (1, 2, 5))),
+    depth=st.integers(1, 2),
     arrivals=st.lists(st.lists(ARRIVALS, max_size=5), min_size=1, max_size=8),
     data=st.data(),
 )
 def test_every_request_gets_the_output_that_it_has_alone(
-    groups, pages, chunk, budget, most, headroom, prefix_cache, arrivals, data
+    groups,
+    pages,
+    chunk,
+    budget,
+    most,
+    headroom,
+    prefix_cache,
+    graph_rows,
+    depth,
+    arrivals,
+    data,
 ) -> None:
     replica = Replica(
         limits(
@@ -229,7 +271,9 @@ def test_every_request_gets_the_output_that_it_has_alone(
             max_prefill_tokens=budget,
             headroom_tokens=headroom,
             prefix_cache=prefix_cache,
-        )
+            graph_rows=graph_rows,
+        ),
+        depth,
     )
     requests: dict[int, Request] = {}
     removed: set[int] = set()

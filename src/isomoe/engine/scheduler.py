@@ -241,6 +241,8 @@ class Scheduler:
         scheduled before that, if steps are run and told of in order.
         """
         self._admit()
+        for group in self._groups:
+            self._make_room(group)
         if not any(member.can_run for group in self._groups for member in group.running):
             waits = self._waiting and not any(group.running for group in self._groups)
             assert not waits, "requests wait, and no group has room"
@@ -342,8 +344,11 @@ class Scheduler:
         )
 
     def _group_step(self, group: _Group) -> GroupStep:
-        self._decode(group)
         if group.steady:
+            for member in group.running:
+                member.computed += 1
+                member.length += 1
+                member.under_way += 1
             return group.part(None)
         chosen = [member for member in group.running if member.decodes and member.can_run]
         group.steady = len(chosen) == len(group.running)
@@ -384,11 +389,8 @@ class Scheduler:
         )
         return group.part(group.schedule)
 
-    def _decode(self, group: _Group) -> None:
-        """Sees to it that every request in decode has a page for its next token.
-
-        In a steady group the next token of each is counted as scheduled here.
-        """
+    def _make_room(self, group: _Group) -> None:
+        """Sees to it that every request in decode has a page for its next token."""
         size = self.limits.page_size
         index = 0
         while index < len(group.running):
@@ -404,11 +406,6 @@ class Scheduler:
                 (page,) = group.cache.allocate(1)
                 group.table.append((member.request.request_id, len(member.pages), page))
                 member.pages.append(page)
-        if group.steady:
-            for member in group.running:
-                member.computed += 1
-                member.length += 1
-                member.under_way += 1
 
     def _retract(self, member: _Member) -> None:
         """Takes a request's pages back; it joins again before all who wait."""
