@@ -16,8 +16,8 @@ from isomoe.kernels import (
     AttentionBatch,
     PagedRows,
     allocate_kv_cache,
+    attend,
     paged_attention,
-    prepare_heads,
     rms_norm,
     rope_table,
     rotate,
@@ -106,10 +106,10 @@ class AttentionCore(Leaf):
         """qkv: [T, (N + 2K) D], batch -> [T, N D]."""
         qkv, batch = args
         if isinstance(batch.attention, PagedRows):
-            q = self._prepare_paged(qkv, batch.attention)
+            out = self._attend(qkv, batch.attention)
         else:
             q = self._prepare(qkv, batch)
-        out = paged_attention(q, self.kv_cache, batch.attention, self.head_dim**-0.5)
+            out = paged_attention(q, self.kv_cache, batch.attention, self.head_dim**-0.5)
         return out.view(qkv.shape[0], self.num_heads * self.head_dim)
 
     def _prepare(self, qkv: Tensor, batch: Batch) -> Tensor:
@@ -127,14 +127,14 @@ class AttentionCore(Leaf):
         write_kv(key, value, self.kv_cache, batch.attention)
         return q
 
-    def _prepare_paged(self, qkv: Tensor, rows: PagedRows) -> Tensor:
-        """The same in one kernel."""
+    def _attend(self, qkv: Tensor, rows: PagedRows) -> Tensor:
+        """All of it, by the kernels of a GPU."""
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         cos, sin = self.rope.tables(qkv.device)
-        n, k = self.num_heads, self.num_kv_heads
-        return prepare_heads(qkv, n, k, norms, cos, sin, self.kv_cache, rows)
+        n, k, scale = self.num_heads, self.num_kv_heads, self.head_dim**-0.5
+        return attend(qkv, n, k, norms, cos, sin, self.kv_cache, rows, scale)
 
 
 class Attention(Block):

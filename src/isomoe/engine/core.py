@@ -4,7 +4,6 @@ from collections import deque
 
 import torch
 
-from isomoe.comm.rendezvous import has_own_gpu
 from isomoe.config import EngineConfig
 from isomoe.engine.executor import Executor, LocalExecutor, Progress
 from isomoe.engine.kv_cache import num_cache_pages
@@ -131,8 +130,7 @@ class EngineCore:
     def _graph_rows(self) -> tuple[int, ...]:
         """The numbers of rows that steps are captured for, on devices that can."""
         config = self.config
-        device = torch.device(self.info.device)
-        if config.disable_cuda_graph or not has_own_gpu(device, config.parallelism.tp_size):
+        if config.disable_cuda_graph or not self.executor.can_capture:
             return ()
         return graph_ladder(min(config.cuda_graph_max_bs, config.max_running_requests))
 

@@ -29,6 +29,11 @@ class Executor(ABC):
     def available_bytes(self) -> int:
         """Memory that the KV cache may take on the rank with the least."""
 
+    @property
+    @abstractmethod
+    def can_capture(self) -> bool:
+        """Whether steps can be captured as CUDA graphs: collectives over the host cannot."""
+
     @abstractmethod
     def allocate_cache(self, num_pages: int, graph_rows: tuple[int, ...] = ()) -> None:
         """Makes every rank's KV cache, and captures steps of so many rows where that can be."""
@@ -85,6 +90,11 @@ class LocalExecutor(Executor):
     def allocate_cache(self, num_pages: int, graph_rows: tuple[int, ...] = ()) -> None:
         """Makes the KV cache."""
         self._alive().allocate_cache(num_pages, graph_rows)
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether this is a GPU."""
+        return self._alive().device.type == "cuda"
 
     @property
     def worker(self) -> Worker:

@@ -14,8 +14,10 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+import torch
+
 from isomoe.child import start_child
-from isomoe.comm.rendezvous import Rendezvous
+from isomoe.comm.rendezvous import Rendezvous, has_own_gpu
 from isomoe.config import EngineConfig
 from isomoe.engine.executor import Executor, Progress
 from isomoe.engine.messages import (
@@ -66,6 +68,7 @@ class ProcessExecutor(Executor):
     ) -> None:
         parallelism = config.parallelism
         self._attn_tp = parallelism.attn_tp
+        self._can_capture = has_own_gpu(torch.device(info.device), parallelism.tp_size)
         self._watchdog_seconds = config.watchdog_timeout_seconds
         self._ranks: list[_Rank] = []
         self._last_shape: StepShape | None = None
@@ -100,6 +103,11 @@ class ProcessExecutor(Executor):
     def available_bytes(self) -> int:
         """Memory that the KV cache may take on the rank with the least."""
         return self._available_bytes
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether every rank has a GPU of its own, so that its collectives stay on GPUs."""
+        return self._can_capture
 
     def allocate_cache(self, num_pages: int, graph_rows: tuple[int, ...] = ()) -> None:
         """Makes every rank's KV cache."""

@@ -169,9 +169,7 @@ class Sampler:
         if request.params.adjusts_logits:
             self._adjusters[request.request_id] = Adjuster(request, vocab_size, self._grammars)
 
-    def _score_prompts(
-        self, logits: Tensor, draws: Sequence[Draw]
-    ) -> dict[int, list[Scores]]:
+    def _score_prompts(self, logits: Tensor, draws: Sequence[Draw]) -> dict[int, list[Scores]]:
         """By request, its scored prompt tokens in pieces, for when they have arrived."""
         row = 0
         scores: dict[int, list[Scores]] = {}

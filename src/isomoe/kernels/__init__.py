@@ -1,15 +1,19 @@
 """Kernels: plain torch on CPUs, Triton on GPUs, behind the same names."""
 
-from isomoe.kernels.attention import AttentionBatch, allocate_kv_cache, write_kv
+from isomoe.kernels.attention import (
+    AttentionBatch,
+    allocate_kv_cache,
+    paged_attention,
+    write_kv,
+)
 from isomoe.kernels.dispatch import (
     add_rms_norm,
+    attend,
     chosen_logprobs,
     fused_experts,
     greedy,
     linear,
     on_gpu,
-    paged_attention,
-    prepare_heads,
     rms_norm,
     route,
     sample,
@@ -31,6 +35,7 @@ __all__ = [
     "add_rms_norm",
     "allocate_kv_cache",
     "apply_rope",
+    "attend",
     "chosen_logprobs",
     "fused_experts",
     "greedy",
@@ -42,7 +47,6 @@ __all__ = [
     "packed_experts",
     "packs",
     "paged_attention",
-    "prepare_heads",
     "rms_norm",
     "rope_table",
     "rotate",

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isomoe.kernels import attention, experts, ffn, norm, routing, sampling
+from isomoe.kernels import experts, ffn, norm, routing, sampling
 from isomoe.kernels import linear as dense
-from isomoe.kernels.attention import AttentionBatch
 from isomoe.kernels.linear import PackedLinear
 from isomoe.kernels.paged_rows import PagedRows
 from isomoe.kernels.sampling import RowSampling
@@ -71,7 +70,7 @@ def fused_experts(
     return module.fused_experts(x, gate_up, down, topk_ids, topk_weights)
 
 
-def prepare_heads(
+def attend(
     qkv: Tensor,
     num_heads: int,
     num_kv_heads: int,
@@ -80,24 +79,17 @@ def prepare_heads(
     sin: Tensor,
     kv_cache: Tensor,
     rows: PagedRows,
+    scale: float,
 ) -> Tensor:
-    """On GPUs alone: `rms_norm` of queries and keys, `rotate`, and `write_kv` in one launch.
+    """On GPUs alone: `rms_norm` of queries and keys, `rotate`, `write_kv` and `paged_attention`.
 
-    qkv: [T, (heads + 2 kv) d]; norms: weights [d] of queries and keys, and eps; cos, sin: the
-    tables of `rope_table`. Returns the queries, [T, heads, d].
+    qkv: [T, (heads + 2 kv) d], may be overwritten; norms: weights [d] of queries and keys, and
+    eps; cos, sin: the tables of `rope_table`. Returns [T, heads, d].
     """
-    return _gpu().prepare_heads(  # type: ignore[no-any-return]
-        qkv, num_heads, num_kv_heads, norms, cos, sin, kv_cache, rows
+    found: Tensor = _gpu().attend(
+        qkv, num_heads, num_kv_heads, norms, cos, sin, kv_cache, rows, scale
     )
-
-
-def paged_attention(
-    q: Tensor, kv_cache: Tensor, rows: AttentionBatch | PagedRows, scale: float
-) -> Tensor:
-    """As `kernels.attention.paged_attention`."""
-    if isinstance(rows, PagedRows):
-        return _gpu().paged_attention(q, kv_cache, rows, scale)
-    return attention.paged_attention(q, kv_cache, rows, scale)
+    return found
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:

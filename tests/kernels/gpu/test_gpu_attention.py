@@ -1,0 +1,373 @@
+"""The attention kernels against float64, over caches whose unread places hold NaN."""
+
+from dataclasses import replace
+from math import nan
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpu_interpreter  # noqa: F401
+from gpu_support import BOUND, DEVICE, ON_GPU, relative_error
+from isomoe.kernels import attention as twin
+from isomoe.kernels.gpu import attention_decode, attention_prefill, heads
+from isomoe.kernels.gpu.attention import PagedRows, fresh_prefill, paged_attention, prepare_heads
+from isomoe.kernels.gpu.configs import Config, trying
+from isomoe.kernels.norm import rms_norm
+from isomoe.kernels.rope import rope_table, rotate
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+class Case:
+    """Requests over shuffled pages. decodes: keys of each, None for padding."""
+
+    def __init__(
+        self,
+        decodes: list[int | None],
+        prefills: list[tuple[int, int]] | None = None,
+        *,
+        padding: int = 0,
+        heads: int = 4,
+        kv_heads: int = 2,
+        dim: int = 16,
+        page_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        spare_context: int = 0,
+    ) -> None:
+        prefills = prefills or []
+        torch.manual_seed(len(decodes) + 7 * len(prefills) + dim)
+        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
+        self.scale = dim**-0.5
+        lens = [(1, keys) for keys in decodes if keys] + prefills
+        most = max((-(-keys // page_size) for _, keys in lens), default=1) + 1
+        requests = max(len(lens), 1)
+        pages = torch.randperm(most * requests + 3)
+        self.tables = pages[: most * requests].view(requests, most).int()
+        table_rows: list[int] = []
+        positions: list[int] = []
+        request = 0
+        for keys in decodes:
+            # The place of a row of padding is whatever it was.
+            table_rows.append(request if keys else -1)
+            positions.append(keys - 1 if keys else 10**6)
+            request += bool(keys)
+        starts = [len(decodes)]
+        for new, keys in prefills:
+            table_rows += [request] * new
+            positions += range(keys - new, keys)
+            starts.append(starts[-1] + new)
+            request += 1
+        table_rows += [-1] * padding
+        positions += [-5] * padding
+        self.kv_cache = torch.full(
+            (len(pages), page_size, 2 * kv_heads, dim), nan, dtype=dtype, device=DEVICE
+        )
+        self.real = torch.tensor(table_rows) >= 0
+        self.table_rows, self.positions = table_rows, positions
+        used = self.tables.clone()
+        for index, (_, keys) in enumerate(lens):
+            # Far outside of the cache: no entry past a request's pages may be followed.
+            used[index, -(-keys // page_size) :] = 2**30
+        self.lens = lens
+        self.rows = PagedRows(
+            table_rows=torch.tensor(table_rows, dtype=torch.int32, device=DEVICE),
+            positions=torch.tensor(positions, dtype=torch.int32, device=DEVICE),
+            block_tables=used.to(DEVICE),
+            page_size=page_size,
+            num_decodes=len(decodes),
+            prefill_lens=tuple(prefills),
+            prefill_starts=torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+            if prefills
+            else None,
+            max_context=max((keys for keys in decodes if keys), default=1) + spare_context,
+        )
+
+    def slot(self, row: int, position: int) -> tuple[int, int]:
+        page = int(self.tables[self.table_rows[row], position // self.rows.page_size])
+        return page, position % self.rows.page_size
+
+    def fill(self, *, all_keys: bool = True) -> None:
+        """Random keys and values where requests have some; all but the new rows' if not all."""
+        for index, (new, keys) in enumerate(self.lens):
+            row = self.table_rows.index(index)
+            for position in range(keys if all_keys else keys - new):
+                both = torch.randn(2 * self.kv_heads, self.dim)
+                self.kv_cache[self.slot(row, position)] = both.to(self.dtype).to(DEVICE)
+
+    def queries(self) -> Tensor:
+        q = torch.randn(len(self.table_rows), self.heads, self.dim).to(self.dtype)
+        q[~self.real] = nan
+        return q.to(DEVICE)
+
+    def expected(self, q: Tensor) -> Tensor:
+        out = torch.zeros(q.shape, dtype=torch.float64)
+        cache = self.kv_cache.cpu().double()
+        for index in range(len(self.lens)):
+            rows = [row for row, of in enumerate(self.table_rows) if of == index]
+            position = torch.tensor([self.positions[row] for row in rows])
+            keys = int(position[-1]) + 1
+            tokens = cache[self.tables[index].long()].flatten(0, 1)[:keys]
+            k, v = tokens.repeat_interleave(self.heads // self.kv_heads, 1).chunk(2, dim=1)
+            scores = torch.einsum("thd,khd->htk", q[rows].cpu().double(), k) * self.scale
+            unseen = torch.arange(keys)[None, :] > position[:, None]
+            weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+            out[rows] = torch.einsum("htk,khd->thd", weights, v)
+        return out
+
+    def check(self, out: Tensor, q: Tensor) -> None:
+        assert out.shape == q.shape
+        assert out.dtype == q.dtype
+        assert out.is_contiguous()
+        assert relative_error(out, self.expected(q)) < BOUND[self.dtype]
+        assert not out[~self.real].any()
+
+
+SHAPES = {  # query heads, KV heads, head dim
+    "small": (4, 2, 16),
+    "one_kv": (3, 1, 24),
+    "no_group": (2, 2, 32),
+    "wide": (12, 2, 80),
+}
+if ON_GPU:
+    SHAPES["main"] = (32, 4, 128)
+    SHAPES["large_dim"] = (16, 2, 256)
+    SHAPES["large_group"] = (24, 1, 64)
+LONG = 4000 if ON_GPU else 90
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepare_heads_is_norm_rope_and_write(dtype: torch.dtype, shape: str, norm: bool) -> None:
+    n, k, d = SHAPES[shape]
+    case = Case(
+        [5, None, 1, 9],
+        [(3, 3), (2, 10)],
+        padding=2,
+        heads=n,
+        kv_heads=k,
+        dim=d,
+        dtype=dtype,
+        page_size=3,
+    )
+    num_rows = len(case.table_rows)
+    cos, sin = rope_table(16, d, 10000.0)
+    whole = torch.randn(num_rows, (n + 2 * k) * d + 8).to(dtype)
+    whole[~case.real] = nan
+    qkv = whole[:, :-8]  # strided rows
+    weights = (torch.rand(d).add(0.5).to(dtype), torch.rand(d).add(0.5).to(dtype))
+    given = whole.to(DEVICE)[:, :-8]
+    keys = torch.full((num_rows, k, d), nan, dtype=dtype, device=DEVICE)
+    norms = (weights[0].to(DEVICE), weights[1].to(DEVICE), 1e-5) if norm else None
+    tables = cos.to(DEVICE), sin.to(DEVICE)
+    q = prepare_heads(given, n, k, norms, *tables, case.kv_cache, case.rows, keys=keys)
+
+    real = case.real.nonzero().flatten()
+    at = torch.tensor(case.positions)[real]
+    parts = qkv[real].reshape(len(real), n + 2 * k, d)
+    turned = parts[:, : n + k]
+    if norm:
+        both = torch.cat((weights[0].expand(n, d), weights[1].expand(k, d)))
+        turned = rms_norm(turned, both, 1e-5)
+    turned = rotate(turned, cos[at], sin[at])
+    close = 2e-3 if dtype == torch.bfloat16 else 1e-6  # few roundings of bf16 fall the other way
+    assert q.shape == (num_rows, n, d)
+    assert q.dtype == dtype
+    assert relative_error(q[real.to(DEVICE)], turned[:, :n]) < close
+    assert relative_error(keys[real.to(DEVICE)], turned[:, n:]) < close
+    assert bool(keys[~case.real].isnan().all())
+    cache = case.kv_cache.cpu()
+    written = torch.stack([cache[case.slot(row, case.positions[row])] for row in real.tolist()])
+    assert relative_error(written[:, :k], turned[:, n:]) < close
+    assert torch.equal(written[:, k:], parts[:, n + k :])
+    assert int((~cache.isnan()).any(-1).any(-1).sum()) == len(real)
+
+
+def test_prepare_heads_keeps_keys_in_place() -> None:
+    case = Case([5, None, 3], [(4, 4)], dim=32)
+    n, k, d = case.heads, case.kv_heads, case.dim
+    cos, sin = (table.to(DEVICE) for table in rope_table(16, d, 10000.0))
+    qkv = torch.randn(len(case.table_rows), (n + 2 * k) * d, device=DEVICE)
+    arguments = (cos, sin, case.kv_cache, case.rows)
+    keys = torch.zeros(len(case.table_rows), k, d, device=DEVICE)
+    q = prepare_heads(qkv, n, k, None, *arguments, keys=keys)
+    before = case.kv_cache.clone()
+    own = qkv.view(-1, n + 2 * k, d)[:, n : n + k]
+    again = prepare_heads(qkv, n, k, None, *arguments, keys=own)
+    assert torch.equal(q[case.real], again[case.real])
+    assert torch.equal(own[case.real], keys[case.real])
+    assert torch.equal(before.nan_to_num(9.0), case.kv_cache.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("config", [*heads.candidates(8)][:: 1 if ON_GPU else 4])
+def test_prepare_heads_in_every_configuration(config: Config) -> None:
+    case = Case([5, None, 3, 2, 1])
+    n, k, d = case.heads, case.kv_heads, case.dim
+    tables = tuple(table.to(DEVICE) for table in rope_table(16, d, 10000.0))
+    qkv = torch.randn(len(case.table_rows), (n + 2 * k) * d, device=DEVICE)
+    expected = prepare_heads(qkv, n, k, None, *tables, case.kv_cache.clone(), case.rows)
+    with trying("prepare_heads", config):
+        q = prepare_heads(qkv, n, k, None, *tables, case.kv_cache, case.rows)
+    assert relative_error(q[case.real], expected[case.real]) < 1e-6
+
+
+MIXES: dict[str, tuple[list[int | None], list[tuple[int, int]]]] = {
+    "first_token": ([1], []),
+    "one_decode": ([LONG], []),
+    "decodes": ([1, 13, None, 4, LONG, 16, 17, None], []),
+    "prefill": ([], [(7, 7)]),
+    "long_prefill": ([], [(LONG, LONG)]),
+    "chunk": ([], [(5, LONG)]),
+    "prefills": ([], [(2, 2), (33, 40), (1, 9), (16, 16), (40, 70)]),
+    "mixed": ([6, None, 21], [(5, 5), (3, 30), (20, 20)]),
+}
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_is_the_reference(dtype: torch.dtype, mix: str, padding: int) -> None:
+    case = Case(*MIXES[mix], padding=padding, dtype=dtype)
+    case.fill()
+    q = case.queries()
+    case.check(paged_attention(q, case.kv_cache, case.rows, case.scale), q)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 24])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_other_shapes(dtype: torch.dtype, shape: str, page_size: int) -> None:
+    n, k, d = SHAPES[shape]
+    decodes: list[int | None] = [18, None, LONG]
+    prefills = [(7, 12), (LONG, LONG)] if ON_GPU else [(7, 12), (34, 34)]
+    case = Case(decodes, prefills, heads=n, kv_heads=k, dim=d, page_size=page_size, dtype=dtype)
+    case.fill()
+    q = case.queries()
+    case.check(paged_attention(q, case.kv_cache, case.rows, case.scale), q)
+
+
+@pytest.mark.parametrize("spare", [0, 1000])
+@pytest.mark.parametrize(
+    "config",
+    [*attention_decode.candidates(8)]
+    if ON_GPU
+    else [
+        {"BLOCK_N": 16, "PER_SM": 1, "num_warps": 4},
+        {"BLOCK_N": 16, "PER_SM": 16, "num_warps": 1},
+        {"BLOCK_N": 32, "PER_SM": 3, "num_warps": 4},
+    ],
+)
+def test_decode_in_every_configuration(config: Config, spare: int) -> None:
+    case = Case([1, 90, None, 17, 33], dtype=torch.bfloat16, spare_context=spare)
+    case.fill()
+    q = case.queries()
+    with trying("decode_attention", config):
+        out = paged_attention(q, case.kv_cache, case.rows, case.scale)
+        case.check(out, q)
+        # The counters are as they were, and the order of arrival does not show.
+        for _ in range(20 if ON_GPU else 1):
+            again = paged_attention(q, case.kv_cache, case.rows, case.scale)
+            assert torch.equal(out, again)
+    assert not attention_decode._counters(q.device).any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*attention_prefill.candidates(64)]
+    if ON_GPU
+    else [
+        {"BLOCK_M": 16, "BLOCK_N": 16},
+        {"BLOCK_M": 32, "BLOCK_N": 64},
+        {"BLOCK_M": 128, "BLOCK_N": 32},
+    ],
+)
+def test_prefill_in_every_configuration(config: Config) -> None:
+    prefills = [(1, 1), (16, 16), (33, 50), (5, 64), (64, 64), (1, 70)]
+    case = Case([], prefills, heads=6, dtype=torch.bfloat16)
+    case.fill()
+    q = case.queries()
+    with trying("prefill_attention", config):
+        case.check(paged_attention(q, case.kv_cache, case.rows, case.scale), q)
+
+
+def test_many_prefills() -> None:
+    case = Case([], [(1 + index % 5, 1 + index % 5 + index % 3) for index in range(37)], dim=8)
+    case.fill()
+    q = case.queries()
+    case.check(paged_attention(q, case.kv_cache, case.rows, case.scale), q)
+
+
+def test_strided_queries_are_read_right() -> None:
+    case = Case([6, 21], [(5, 8)], dtype=torch.bfloat16)
+    case.fill()
+    q = case.queries()
+    wide = torch.cat((q, q), 2)[:, :, : case.dim]
+    assert not wide.is_contiguous()
+    expected = paged_attention(q, case.kv_cache, case.rows, case.scale)
+    assert torch.equal(paged_attention(wide, case.kv_cache, case.rows, case.scale), expected)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_no_request(padding: int) -> None:
+    case = Case([], padding=padding)
+    q = case.queries()
+    out = paged_attention(q, case.kv_cache, case.rows, 1.0)
+    assert torch.equal(out, torch.zeros(padding, case.heads, case.dim, device=DEVICE))
+    n, k, d = case.heads, case.kv_heads, case.dim
+    tables = tuple(table.to(DEVICE) for table in rope_table(4, d, 10000.0))
+    qkv = torch.full((padding, (n + 2 * k) * d), nan, device=DEVICE)
+    assert prepare_heads(qkv, n, k, None, *tables, case.kv_cache, case.rows).shape[0] == padding
+    assert bool(case.kv_cache.isnan().all())
+
+
+def test_only_padding_decodes() -> None:
+    case = Case([None, None, None], spare_context=500)
+    out = paged_attention(case.queries(), case.kv_cache, case.rows, 1.0)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_a_decode_is_a_prefill_of_one_row() -> None:
+    case = Case([50], dtype=torch.bfloat16)
+    case.fill()
+    q = case.queries()
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    rows = replace(case.rows, num_decodes=0, prefill_lens=((1, 50),), prefill_starts=starts)
+    case.check(paged_attention(q, case.kv_cache, rows, case.scale), q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_from_its_projection_to_its_attention(dtype: torch.dtype) -> None:
+    """All the kernels in their order, against their twins in theirs; also by torch's attention."""
+    case = Case([], [(19, 19), (6, 6)], padding=1, dtype=dtype, heads=8, dim=32)
+    n, k, d = case.heads, case.kv_heads, case.dim
+    cos, sin = rope_table(32, d, 10000.0)
+    qkv = torch.randn(26, (n + 2 * k) * d).to(dtype)
+    weight = torch.rand(d).add(0.5).to(dtype)
+    given = qkv.clone().to(DEVICE)
+    norms = (weight.to(DEVICE), weight.to(DEVICE), 1e-6)
+    keys = given.view(26, n + 2 * k, d)[:, n : n + k]
+    values = given.view(26, n + 2 * k, d)[:, n + k :]
+    tables = cos.to(DEVICE), sin.to(DEVICE)
+    q = prepare_heads(given, n, k, norms, *tables, case.kv_cache, case.rows, keys=keys)
+    out = paged_attention(q, case.kv_cache, case.rows, case.scale)
+    fresh = paged_attention(q, case.kv_cache, case.rows, case.scale, (keys, values))
+    alone = torch.full_like(out, nan)
+    fresh_prefill(q, keys, values, case.rows, case.scale, alone)
+
+    batch = twin.AttentionBatch(
+        query_lens=(19, 6),
+        context_lens=(19, 6),
+        block_tables=case.tables.long(),
+        page_size=case.rows.page_size,
+    )
+    parts = qkv[:25].view(25, n + 2 * k, d)
+    both = rms_norm(parts[:, : n + k], weight, 1e-6)
+    both = rotate(both, cos[batch.positions], sin[batch.positions])
+    cache = torch.zeros(case.kv_cache.shape, dtype=dtype)
+    twin.write_kv(both[:, n:], parts[:, n + k :], cache, batch)
+    expected = twin.paged_attention(both[:, :n].contiguous(), cache, batch, case.scale)
+    for result in (out, fresh):
+        assert relative_error(result[:25], expected) < BOUND[dtype]
+        assert not result[25:].any()
+    assert torch.equal(alone[:25], fresh[:25])

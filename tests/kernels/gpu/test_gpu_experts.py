@@ -1,0 +1,199 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gpu_interpreter  # noqa: F401
+from gpu_support import BOUND, DEVICE, ON_GPU, relative_error
+from isomoe.kernels.gpu import experts_few, experts_grouped, grouped_tiles
+from isomoe.kernels.gpu.align import align
+from isomoe.kernels.gpu.configs import Config, trying
+from isomoe.kernels.gpu.experts import fused_experts
+from isomoe.kernels.gpu.experts_grouped import grouped_experts
+from isomoe.kernels.gpu.experts_torch import grouped_mm_experts
+
+# The interpreter's numpy warns of NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes milliseconds a program, whatever its size."""
+    if not ON_GPU:
+        gate_up = {"BLOCK_I": 16, "BLOCK_H": 64, "STAGES": 1, "UNROLL": 1, "num_warps": 1}
+        down = {"BLOCK_H": 16, "BLOCK_I": 64, "STAGES": 1, "UNROLL": 1, "num_warps": 1}
+        monkeypatch.setattr(experts_few, "_default_gate_up", lambda hidden: gate_up)
+        monkeypatch.setattr(experts_few, "_default_down", lambda size: down)
+
+
+def draw_ids(rows: int, top_k: int, experts: int, absent: float = 0.25) -> Tensor:
+    """Distinct in a row; some -1."""
+    ids = torch.rand(rows, experts).argsort(1)[:, :top_k].to(torch.int32)
+    ids[torch.rand(rows, top_k) < absent] = -1
+    return ids
+
+
+def make(
+    rows: int, top_k: int, experts: int, hidden: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    x = torch.randn(rows, hidden).to(dtype)
+    gate_up = (torch.randn(experts, 2 * size, hidden) * hidden**-0.5).to(dtype)
+    down = (torch.randn(experts, hidden, size) * size**-0.5).to(dtype)
+    ids = draw_ids(rows, top_k, experts)
+    if rows > 2:
+        # A padding row: nothing may come of it.
+        ids[1] = -1
+        x[1] = float("nan")
+    weights = torch.rand(rows, top_k)
+    weights[ids < 0] = float("nan")
+    return x, gate_up, down, ids, weights
+
+
+def reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for expert in range(gate_up.shape[0]):
+        rows, ks = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (x[rows].double() @ gate_up[expert].double().T).chunk(2, dim=1)
+        outputs = (F.silu(gate) * up) @ down[expert].double().T
+        out.index_add_(0, rows, outputs * weights[rows, ks].double()[:, None])
+    return out
+
+
+def check(inputs: tuple[Tensor, ...], fused=fused_experts) -> None:
+    out = fused(*(tensor.to(DEVICE) for tensor in inputs))
+    assert out.dtype == inputs[0].dtype
+    assert relative_error(out, reference(*inputs)) < BOUND[out.dtype]
+    none = (inputs[3] < 0).all(1)
+    assert (out.cpu()[none] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "top_k", "experts", "hidden", "size"),
+    [
+        (1, 4, 16, 256, 128),
+        (1, 3, 5, 72, 44),
+        (2, 4, 16, 96, 40),
+        (3, 6, 40, 80, 72),
+        (9, 4, 16, 64, 48),
+        (21, 3, 5, 72, 44),
+        (40, 2, 2, 104, 96),
+    ],
+)
+def test_any_sizes(
+    rows: int, top_k: int, experts: int, hidden: int, size: int, dtype: torch.dtype
+) -> None:
+    check(make(rows, top_k, experts, hidden, size, dtype))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="too large for the interpreter")
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 64, 200, 1000, 5000])
+def test_main_sizes(rows: int) -> None:
+    check(make(rows, 8, 128, 2048, 768, torch.bfloat16))
+
+
+def test_no_rows() -> None:
+    inputs = make(0, 4, 16, 64, 32, torch.bfloat16)
+    assert fused_experts(*(tensor.to(DEVICE) for tensor in inputs)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_no_local_expert(rows: int) -> None:
+    x, gate_up, down, ids, weights = make(rows, 4, 8, 64, 32, torch.bfloat16)
+    ids.fill_(-1)
+    check((x, gate_up, down, ids, weights))
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+def test_same_bits_and_int64_ids(rows: int) -> None:
+    inputs = [tensor.to(DEVICE) for tensor in make(rows, 4, 16, 64, 64, torch.bfloat16)]
+    first = fused_experts(*inputs)
+    inputs[3] = inputs[3].long()
+    assert torch.equal(first, fused_experts(*inputs))
+
+
+@pytest.mark.parametrize("swap", [0, 1])
+@pytest.mark.parametrize("tma", [0, 1])
+@pytest.mark.parametrize(("gate_block", "down_block"), [(16, 64), (64, 16), (32, 32)])
+def test_tiles(swap: int, tma: int, gate_block: int, down_block: int) -> None:
+    config = {
+        "BLOCK_N": 64,
+        "BLOCK_K": 64,
+        "GROUP_M": 2,
+        "SWAP": swap,
+        "TMA": tma,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    # 72 units: the last tile of weights reaches into the next expert's.
+    inputs = make(40, 2, 4, 96, 72, torch.bfloat16)
+    with (
+        trying(experts_grouped.GATE_UP, {**config, "BLOCK_M": gate_block}),
+        trying(experts_grouped.DOWN, {**config, "BLOCK_M": down_block}),
+    ):
+        check(inputs, grouped_experts)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_few_rows_tiles(stages: int) -> None:
+    inputs = make(2, 4, 16, 160, 40, torch.bfloat16)
+    gate_up: Config = {"BLOCK_I": 4, "BLOCK_H": 64, "STAGES": stages, "UNROLL": 2, "num_warps": 2}
+    down: Config = {"BLOCK_H": 8, "BLOCK_I": 32, "STAGES": stages, "UNROLL": 2, "num_warps": 2}
+    with trying(experts_few.GATE_UP, gate_up), trying(experts_few.DOWN, down):
+        check(inputs)
+
+
+def test_many_pairs_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_grouped, "_EXACT_PAIRS", 8)
+    check(make(20, 4, 8, 64, 32, torch.bfloat16))
+
+
+def test_candidates() -> None:
+    for pairs in (512, 4096, 131072):
+        for candidates in (grouped_tiles.gate_up_candidates, grouped_tiles.down_candidates):
+            found = list(candidates(pairs, 128))
+            assert 10 <= len(found) <= 60
+            assert all(config.keys() == grouped_tiles.FP32.keys() for config in found)
+    assert 10 <= len(list(experts_few.gate_up_candidates(2048))) <= 60
+    assert 10 <= len(list(experts_few.down_candidates(768, 8))) <= 60
+
+
+def test_torch_grouped_mm() -> None:
+    check(make(20, 4, 8, 64, 32, torch.bfloat16), grouped_mm_experts)
+
+
+@pytest.mark.parametrize("block", [1, 16, 64])
+@pytest.mark.parametrize(
+    ("rows", "top_k", "experts"), [(1, 1, 1), (5, 3, 6), (300, 4, 5), (2000, 3, 7), (9000, 3, 5)]
+)
+def test_align(rows: int, top_k: int, experts: int, block: int) -> None:
+    ids = draw_ids(rows, min(top_k, experts), experts)
+    pairs = ids.numel()
+    aligned = align(ids.to(DEVICE), experts, block)
+    ends, tile_experts, slots, ordered = (
+        tensor.tolist()
+        for tensor in (aligned.ends, aligned.tile_experts, aligned.slots, aligned.sorted_pairs)
+    )
+    tile = 0
+    for expert in range(experts):
+        wanted = (ids.flatten() == expert).nonzero().flatten().tolist()
+        while wanted:
+            assert tile_experts[tile] == expert
+            filled = wanted[:block] + [pairs] * (block - len(wanted[:block]))
+            assert ordered[tile * block : (tile + 1) * block] == filled
+            wanted = wanted[block:]
+            tile += 1
+        assert ends[expert] == tile
+    assert tile <= aligned.max_tiles == len(tile_experts)
+    assert set(tile_experts[tile:]) <= {-1}
+    for pair, (slot, expert) in enumerate(zip(slots, ids.flatten().tolist(), strict=True)):
+        assert (slot == -1) if expert < 0 else (ordered[slot] == pair)
+
+
+def test_align_worst_case() -> None:
+    # Every expert has a pair more than fills its tiles.
+    ids = torch.arange(4).repeat(17)[:, None].int()
+    aligned = align(ids.to(DEVICE), 4, 16)
+    assert aligned.max_tiles == 8
+    assert aligned.ends.tolist() == [2, 4, 6, 8]
