@@ -1,8 +1,8 @@
 """Triton's interpreter in place of a GPU, where there is none; import before any kernel.
 
-With three repairs, without which Triton 3.6's is wrong: it cuts off floats that are cast to bf16, where GPUs round them to the nearest; it multiplies the
-bits of bf16 matrices as if they were integers; and it reads the bounds of a loop in a way that
-numpy 2.4 refuses.
+With three repairs, without which it is wrong (seen in 3.6): it cuts off floats that are cast to
+bf16, where GPUs round them to the nearest; it multiplies the bits of bf16 matrices as if they were
+integers; and it reads the bounds of a loop in a way that numpy 2.4 refuses.
 """
 
 import os

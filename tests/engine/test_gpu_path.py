@@ -4,14 +4,13 @@ Without a GPU, Triton's interpreter runs the kernels on the CPU: batches, kernel
 overlapped scheduling are then those of a GPU, and only captured graphs are not.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_interpreter  # noqa: F401 - first of all
 import pytest
-from gpu_support import ON_GPU
 
+import gpu_interpreter  # noqa: F401 - first of all
+from gpu_support import ON_GPU
 from isomoe.engine import LLM, SamplingParams
 from isomoe.kernels import dispatch
 
@@ -20,11 +19,11 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs
 
 
 @pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     """The device whose kernels are Triton's."""
     if not ON_GPU:
         monkeypatch.setattr(dispatch, "interpreted", True)
-    yield "cuda" if ON_GPU else "cpu"
+    return "cuda" if ON_GPU else "cpu"
 
 
 def llm(folder: Path, device: str, **changes: object) -> LLM:

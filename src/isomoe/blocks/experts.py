@@ -77,7 +77,10 @@ class ExpertWeights(Leaf):
                 yield kept if here else kept.nothing()
 
     def forward(self, *args: Any) -> Tensor:
-        """x: [T, hidden], local ids: [T, K] (-1: not here), weights: [T, K] -> [T, hidden], fp32 on a CPU."""
+        """x: [T, hidden], local ids: [T, K] (-1: not here), weights: [T, K] -> [T, hidden].
+
+        fp32 on a CPU, in x's dtype on a GPU.
+        """
         x, local_ids, topk_weights = args
         if self.packed is not None:
             return packed_experts(x, self.packed, local_ids, topk_weights)

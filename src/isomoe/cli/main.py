@@ -20,7 +20,8 @@ COMMANDS = {
     "prove": "prove that every plan sums every contribution exactly once, without weights",
     "parity": "compare tokens and log-probabilities of two layouts, engines or servers",
     "eval": "score a model on a task",
-    "bench": "measure a server",
+    "tune": "find the fastest launch configurations of the GPU kernels on this card",
+    "bench": "measure the engine, its kernels, or a server",
 }
 """Name -> one line of help. The module of a command is `isomoe.cli.<name>`; it has `NAME`, `HELP`,
 `add_arguments(parser)` and `run(args) -> int`."""

@@ -39,7 +39,7 @@ class Batches(ABC):
 
     @abstractmethod
     def form(self, shape: StepShape) -> Batch:
-        """The batch of the residents' current step, whose tokens are not yet counted as computed."""
+        """The batch of the residents' current step, which is not yet counted as computed."""
 
     def row_maps(self, shape: StepShape) -> tuple[TokenRows, LogitsRows]:
         """The step's row maps, kept while steps have the same shape."""

@@ -73,7 +73,7 @@ class EngineCore:
         self.executor.check_alive()
 
     def step(self) -> list[Update]:
-        """Sees one step to its end; what it brought, request by request. Nothing if there is no work.
+        """Sees one step to its end; what it brought, request by request. Nothing without work.
 
         Where scheduling overlaps with running, the next step is under way by then.
 

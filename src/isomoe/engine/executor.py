@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from isomoe.config import EngineConfig
 from isomoe.engine.model_info import ModelInfo
-from isomoe.engine.step import GroupOutput, Step
 from isomoe.engine.sampler import Answer
+from isomoe.engine.step import GroupOutput, Step
 from isomoe.engine.worker import Worker
 from isomoe.errors import EngineDeadError
 

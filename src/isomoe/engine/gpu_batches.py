@@ -178,7 +178,7 @@ class GpuBatches(Batches):
         return torch.where(columns[2] < 0, self._last_tokens[slots], columns[2])
 
     def _inputs(self, held: int) -> Tensor:
-        """The static inputs: slots, positions, tokens, and each group's rows that are no padding."""
+        """The static inputs: slots, positions, tokens; and each group's rows without padding."""
         if held not in self._static:
             size = 3 * held + self.seat.mesh.parallelism.attn_dp_size
             self._static[held] = torch.zeros(size, dtype=torch.int32, device=self._device)

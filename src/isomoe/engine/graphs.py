@@ -21,32 +21,29 @@ class DecodeGraphs:
 
     def __init__(self, forward: Forward, sizes: Sequence[int]) -> None:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: Tensor | None = None
-        pool = None
         # The largest first, so that the others find its memory.
-        for rows in sorted(sizes, reverse=True):
-            self._warm_up(forward, rows)
+        falling = sorted(sizes, reverse=True)
+        self._logits = torch.empty_like(_warmed_up(forward, falling[0]))
+        pool = None
+        for rows in falling:
+            _warmed_up(forward, rows)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = forward(rows)
-                assert self._logits is not None
-                self._logits[:rows].copy_(logits)
-            del logits
+                self._logits[:rows].copy_(forward(rows))
             pool = pool or graph.pool()
             self._graphs[rows] = graph
 
     def replay(self, rows: int) -> Tensor:
         """The step's logits [rows, V], overwritten by the next replay."""
-        assert self._logits is not None
         self._graphs[rows].replay()
         return self._logits[:rows]
 
-    def _warm_up(self, forward: Forward, rows: int) -> None:
-        """Compiles the kernels, and makes what they keep, before the capture."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            logits = forward(rows)
-            if self._logits is None:
-                self._logits = torch.empty_like(logits)
-        torch.cuda.current_stream().wait_stream(side)
+
+def _warmed_up(forward: Forward, rows: int) -> Tensor:
+    """A step's logits, for which its kernels are compiled and what they keep is made."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        logits = forward(rows)
+    torch.cuda.current_stream().wait_stream(side)
+    return logits

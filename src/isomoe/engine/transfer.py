@@ -36,7 +36,7 @@ class Later(Generic[T]):
         self._event: torch.cuda.Event | None = None
         self._value: T
         if device.type == "cuda":
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         else:
             self.wait()
@@ -44,7 +44,7 @@ class Later(Generic[T]):
     @property
     def ready(self) -> bool:
         """Whether `wait` returns at once."""
-        return self._build is None or self._event is None or self._event.query()
+        return self._build is None or self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> T:
         """The value."""

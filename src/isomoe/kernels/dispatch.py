@@ -5,7 +5,6 @@ imported when the first tensor on a GPU comes by, so that hosts without one do w
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,11 @@ def on_gpu(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `kernels.norm.rms_norm`."""
-    return _gpu().rms_norm(x, weight, eps) if on_gpu(x) else norm.rms_norm(x, weight, eps)
+    if on_gpu(x):
+        from isomoe.kernels import gpu
+
+        return gpu.rms_norm(x, weight, eps)
+    return norm.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(
@@ -35,18 +38,28 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.norm.add_rms_norm`; on a GPU the sum takes the residual's place."""
     if on_gpu(residual):
-        return _gpu().add_rms_norm(residual, addend, weight, eps)
+        from isomoe.kernels import gpu
+
+        return gpu.add_rms_norm(residual, addend, weight, eps)
     return norm.add_rms_norm(residual, addend, weight, eps)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """As `kernels.ffn.silu_and_mul`."""
-    return _gpu().silu_and_mul(x) if on_gpu(x) else ffn.silu_and_mul(x)
+    if on_gpu(x):
+        from isomoe.kernels import gpu
+
+        return gpu.silu_and_mul(x)
+    return ffn.silu_and_mul(x)
 
 
 def linear(x: Tensor, weight: PackedLinear | Tensor) -> Tensor:
     """As `kernels.linear.linear`."""
-    return _gpu().linear(x, weight) if on_gpu(x) else dense.linear(x, weight)
+    if on_gpu(x) and isinstance(weight, Tensor):
+        from isomoe.kernels import gpu
+
+        return gpu.linear(x, weight)
+    return dense.linear(x, weight)
 
 
 def route(
@@ -58,16 +71,22 @@ def route(
     real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.routing.route`."""
-    module = _gpu() if on_gpu(logits) else routing
-    return module.route(logits, k, renormalize, first, stop, real)
+    if on_gpu(logits):
+        from isomoe.kernels import gpu
+
+        return gpu.route(logits, k, renormalize, first, stop, real)
+    return routing.route(logits, k, renormalize, first, stop, real)
 
 
 def fused_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> Tensor:
     """As `kernels.experts.fused_experts`, but in x's dtype on a GPU."""
-    module = _gpu() if on_gpu(x) else experts
-    return module.fused_experts(x, gate_up, down, topk_ids, topk_weights)
+    if on_gpu(x):
+        from isomoe.kernels import gpu
+
+        return gpu.fused_experts(x, gate_up, down, topk_ids, topk_weights)
+    return experts.fused_experts(x, gate_up, down, topk_ids, topk_weights)
 
 
 def attend(
@@ -86,39 +105,41 @@ def attend(
     qkv: [T, (heads + 2 kv) d], may be overwritten; norms: weights [d] of queries and keys, and
     eps; cos, sin: the tables of `rope_table`. Returns [T, heads, d].
     """
-    found: Tensor = _gpu().attend(
-        qkv, num_heads, num_kv_heads, norms, cos, sin, kv_cache, rows, scale
-    )
-    return found
+    from isomoe.kernels import gpu
+
+    return gpu.attend(qkv, num_heads, num_kv_heads, norms, cos, sin, kv_cache, rows, scale)
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """As `kernels.sampling.greedy`."""
-    return _gpu().greedy(logits) if on_gpu(logits) else sampling.greedy(logits)
+    if on_gpu(logits):
+        from isomoe.kernels import gpu
+
+        return gpu.greedy(logits)
+    return sampling.greedy(logits)
 
 
 def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     """As `kernels.sampling.sample`."""
     if not on_gpu(logits):
         return sampling.sample(logits, rows)
+    from isomoe.kernels import gpu
+
     columns = [
         (row.temperature, row.top_k, row.top_p, row.min_p, sampling.uniform(row.seed, row.position))
         for row in rows
     ]
     table = torch.tensor(columns, dtype=torch.float64, pin_memory=logits.is_cuda)
     temperature, top_k, top_p, min_p, number = table.to(logits.device, non_blocking=True).unbind(1)
-    return _gpu().draw(
-        logits, temperature.float(), top_k.int(), top_p.float(), min_p.float(), number
+    return gpu.draw(
+        logits, temperature.float(), top_k.int(), top_p.float(), min_p.float(), number.contiguous()
     )
 
 
 def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """As `kernels.sampling.chosen_logprobs`."""
-    module = _gpu() if on_gpu(logits) else sampling
-    return module.chosen_logprobs(logits, ids)
+    if on_gpu(logits):
+        from isomoe.kernels import gpu
 
-
-def _gpu() -> Any:
-    from isomoe.kernels import gpu
-
-    return gpu
+        return gpu.chosen_logprobs(logits, ids)
+    return sampling.chosen_logprobs(logits, ids)

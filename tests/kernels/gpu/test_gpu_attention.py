@@ -352,8 +352,7 @@ def test_a_prompt_from_its_projection_to_its_attention(dtype: torch.dtype) -> No
     q = prepare_heads(given, n, k, norms, *tables, case.kv_cache, case.rows, keys=keys)
     out = paged_attention(q, case.kv_cache, case.rows, case.scale)
     fresh = paged_attention(q, case.kv_cache, case.rows, case.scale, (keys, values))
-    alone = torch.full_like(out, nan)
-    fresh_prefill(q, keys, values, case.rows, case.scale, alone)
+    alone = fresh_prefill(q, keys, values, case.rows, case.scale)
 
     batch = twin.AttentionBatch(
         query_lens=(19, 6),
@@ -370,4 +369,23 @@ def test_a_prompt_from_its_projection_to_its_attention(dtype: torch.dtype) -> No
     for result in (out, fresh):
         assert relative_error(result[:25], expected) < BOUND[dtype]
         assert not result[25:].any()
-    assert torch.equal(alone[:25], fresh[:25])
+    assert torch.equal(alone, fresh[:25])
+
+
+def test_prompts_of_equal_length_share_a_call() -> None:
+    lens = ((5, 5), (5, 5), (3, 3), (5, 5))
+    assert attention_prefill.equal_runs(lens) == [(2, 5), (1, 3), (1, 5)]
+    case = Case([], list(lens))
+    q = torch.randn(18, 4, 16, device=DEVICE)
+    k, v = torch.randn(2, 18, 2, 16, device=DEVICE)
+    found = fresh_prefill(q, k, v, case.rows, case.scale)
+    begin = 0
+    for length, _ in lens:
+        span = slice(begin, begin + length)
+        keys, values = (x[span].repeat_interleave(2, 1).double() for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[span].double(), keys) * case.scale
+        unseen = torch.ones(length, length, device=DEVICE).triu(1).bool()
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, values)
+        assert relative_error(found[span], expected) < BOUND[q.dtype]
+        begin += length

@@ -6,6 +6,7 @@ Source: Dao, FlashAttention-2 (2023).
 """
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -60,26 +61,31 @@ def prefill_attention(
     )
 
 
-def fresh_prefill(
-    q: Tensor, k: Tensor, v: Tensor, rows: PagedRows, scale: float, out: Tensor
-) -> None:
-    """`prefill_attention` where no prefill has earlier context, by torch: two launches a request.
+def fresh_prefill(q: Tensor, k: Tensor, v: Tensor, rows: PagedRows, scale: float) -> Tensor:
+    """The rows of prefill, where none has earlier context, by torch: a call for a run of equals.
 
-    q: [T, N, d]; k, v: [T, K, d], rotated, strides free but the last; out: [T, N, d].
+    q: [T, N, d]; k, v: [T, K, d], rotated, strides free but the last. Returns [rows, N, d].
     """
     grouped = q.shape[1] != k.shape[1]
     start = rows.num_decodes
-    for new, _ in rows.prefill_lens:
-        span = slice(start, start + new)
-        out[span] = F.scaled_dot_product_attention(
-            q[span].transpose(0, 1).unsqueeze(0),
-            k[span].transpose(0, 1).unsqueeze(0),
-            v[span].transpose(0, 1).unsqueeze(0),
-            is_causal=True,
-            scale=scale,
-            enable_gqa=grouped,
-        )[0].transpose(0, 1)
-        start += new
+    pieces = []
+    for count, length in equal_runs(rows.prefill_lens):
+        span = slice(start, start + count * length)
+        queries, keys, values = (
+            x[span].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
+        )
+        found = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+        pieces.append(found.transpose(1, 2).flatten(0, 1))
+        start = span.stop
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def equal_runs(lens: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """(how many, new rows of each) of neighbours with as many new rows."""
+    runs = groupby(new for new, _ in lens)
+    return [(len(list(equal)), new) for new, equal in runs]
 
 
 def candidates(num_rows: int) -> Iterator[Config]:
