@@ -54,9 +54,9 @@ class EngineConfig:
         max_total_tokens: tokens that each rank's KV cache holds; None sizes it by memory.
         page_size: tokens of a page of the KV cache.
         chunked_prefill_size: the most tokens of one prompt in a step; longer ones are prefilled
-            in chunks.
+            in chunks. None is 2048, and 8192 on GPUs.
         max_prefill_tokens: the most prompt tokens of an attention-DP group in a step; None is
-            `chunked_prefill_size`.
+            `chunked_prefill_size`, and twice as many on GPUs.
         disable_radix_cache: compute every prompt in full, instead of looking for a prefix in the
             KV cache.
         mem_fraction_static: the share of a GPU's memory for weights and KV cache; less where the
@@ -81,7 +81,7 @@ class EngineConfig:
     max_running_requests: int = 256
     max_total_tokens: int | None = None
     page_size: int = 16
-    chunked_prefill_size: int = 2048
+    chunked_prefill_size: int | None = None
     max_prefill_tokens: int | None = None
     disable_radix_cache: bool = False
     mem_fraction_static: float = 0.92
@@ -122,6 +122,12 @@ class EngineConfig:
             raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")
         if self.instrument is not None and self.instrument.count(":") != 1:
             raise ConfigError(f"instrument {self.instrument!r}: must be package.module:attribute")
+
+    def prefill_limits(self, device: str) -> tuple[int, int]:
+        """The most tokens in a step on `device`: of one prompt, and of all prompts of a group."""
+        chunk = self.chunked_prefill_size or (8192 if device == "cuda" else 2048)
+        most = self.max_prefill_tokens or (2 * chunk if device == "cuda" else chunk)
+        return chunk, most
 
     def overlaps(self, device: str) -> bool:
         """Whether a step is scheduled while the one before runs on `device`."""

@@ -85,7 +85,6 @@ SAMPLED = [
     SamplingParams(max_tokens=24, temperature=0.9, top_p=0.9, seed=1),
     SamplingParams(max_tokens=24, temperature=0.7, top_k=20, min_p=0.02, seed=2, logprobs=3),
     SamplingParams(max_tokens=24, temperature=0.0, repetition_penalty=1.3),
-    SamplingParams(max_tokens=24, temperature=0.0, regex="[0-9]{3}"),
     SamplingParams(max_tokens=0, prompt_logprobs=2),
 ]
 
@@ -98,12 +97,20 @@ def test_sampling_is_a_function_of_the_seed_and_follows_the_cpu() -> None:
     with LLM(device="cpu", **CACHE) as llm:
         cpu = llm.generate(several, SAMPLED)
     assert [one.token_ids for one in first] == [one.token_ids for one in again]
-    assert len(first[3].text) == 3
-    assert sum(a.token_ids == b.token_ids for a, b in zip(first, cpu, strict=True)) >= 4
-    scored = zip(first[4].prompt_logprobs or (), cpu[4].prompt_logprobs or (), strict=True)
+    assert sum(a.token_ids == b.token_ids for a, b in zip(first, cpu, strict=True)) >= 3
+    scored = zip(first[3].prompt_logprobs or (), cpu[3].prompt_logprobs or (), strict=True)
     for one, other in scored:
         if one is not None and other is not None:
             assert one.logprob == pytest.approx(other.logprob, abs=0.3)
+
+
+def test_a_grammar_is_followed_though_the_next_step_is_under_way() -> None:
+    pytest.importorskip("llguidance")
+    params = SamplingParams(max_tokens=24, temperature=0.0, regex="[0-9]{3}")
+    with LLM(device="cuda", **CACHE) as llm:
+        (output,) = llm.generate([prompts()[0]], params)
+    assert output.text.isdigit()
+    assert len(output.text) == 3
 
 
 @pytest.fixture
@@ -112,6 +119,7 @@ def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_step_waits_for_the_gpu(no_synchronisation: None) -> None:
     """Prefill, mixed steps, decode with graphs, sampling: all under torch's check."""
     with LLM(device="cuda", chunked_prefill_size=64, **CACHE) as llm:

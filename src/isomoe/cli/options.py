@@ -161,16 +161,15 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chunked-prefill-size",
         type=int,
-        default=default.chunked_prefill_size,
         metavar="N",
-        help="the most tokens of one prompt in a step (default: %(default)s)",
+        help="the most tokens of one prompt in a step (default: 2048, and 8192 on GPUs)",
     )
     group.add_argument(
         "--max-prefill-tokens",
         type=int,
         metavar="N",
         help="the most prompt tokens of an attention-DP group in a step "
-        "(default: --chunked-prefill-size)",
+        "(default: --chunked-prefill-size, and twice that on GPUs)",
     )
     group.add_argument(
         "--disable-radix-cache",

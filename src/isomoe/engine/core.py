@@ -116,13 +116,14 @@ class EngineCore:
             max_running_requests=config.max_running_requests,
             context_length=self.info.context_length,
         )
+        chunk, most = config.prefill_limits(self.info.device)
         return Limits(
             attn_dp_size=config.parallelism.attn_dp_size,
             num_pages=pages,
             page_size=config.page_size,
             max_running_requests=config.max_running_requests,
-            chunked_prefill_size=config.chunked_prefill_size,
-            max_prefill_tokens=config.max_prefill_tokens or config.chunked_prefill_size,
+            chunked_prefill_size=chunk,
+            max_prefill_tokens=most,
             prefix_cache=not config.disable_radix_cache,
             graph_rows=self._graph_rows(),
         )

@@ -49,7 +49,7 @@ class LLM:
         max_running_requests: int = 256,
         max_total_tokens: int | None = None,
         page_size: int = 16,
-        chunked_prefill_size: int = 2048,
+        chunked_prefill_size: int | None = None,
         max_prefill_tokens: int | None = None,
         disable_radix_cache: bool = False,
         mem_fraction_static: float = 0.92,

@@ -137,8 +137,8 @@ class Worker:
         cores = self.model.attention_cores()
         for core in cores:
             core.allocate_cache(1, config.page_size, self.dtype, self.device)
-        tokens = min(config.max_prefill_tokens or config.chunked_prefill_size, 1 << 20)
-        tokens = min(tokens, self.info.context_length)
+        _, most = config.prefill_limits(self.device.type)
+        tokens = min(most, self.info.context_length)
         logits_rows = min(config.max_running_requests, tokens)
         rows = TokenRows.of(mesh, (tokens,) * groups)
         columns = torch.zeros(3, tokens, dtype=torch.int32, device=self.device)
