@@ -1,6 +1,6 @@
 """Triton's interpreter in place of a GPU, where there is none; import before any kernel.
 
-With three repairs, without which it is wrong (seen in 3.6): it cuts off floats that are cast to
+With three repairs, without which it is wrong (3.6 and 3.7): it cuts off floats that are cast to
 bf16, where GPUs round them to the nearest; it multiplies the bits of bf16 matrices as if they were
 integers; and it reads the bounds of a loop in a way that numpy 2.4 refuses.
 """

@@ -54,7 +54,7 @@ def test_time_is_summed_by_category_and_gaps_are_what_is_left() -> None:
         event("_norm", 0.0, 10.0),
         event("_few_down", 15.0, 35.0),
         event("_few_down", 35.0, 55.0),
-        event("Memcpy DtoH", 50.0, 60.0),  # on another stream, beside the one before
+        event("Memcpy DtoH", 50.0, 60.0),  # waits for the one before
         event("_norm", 80.0, 100.0),
     ]
     found = break_down(events, "decode", 2)
@@ -62,8 +62,9 @@ def test_time_is_summed_by_category_and_gaps_are_what_is_left() -> None:
     assert found.span_us == 50.0
     assert found.category_us["norms"] == 15.0
     assert found.category_us["experts"] == 20.0
-    assert found.category_us["other"] == 5.0
+    assert found.category_us["other"] == 2.5
     assert found.category_us[GAPS] == (5.0 + 20.0) / 2
+    assert sum(found.category_us.values()) == found.span_us
     assert found.launches == 2.5
     assert found.kernels[0] == ("_few_down", 1.0, 20.0)
     document = found.to_json()

@@ -116,6 +116,32 @@ def test_a_page_size_of_one_and_a_full_cache_change_nothing(llm: LLM, folder: Pa
         same(small.generate(PROMPTS, GREEDY), llm.generate(PROMPTS, GREEDY))
 
 
+AHEAD = [
+    GREEDY,
+    SamplingParams(max_tokens=9, temperature=0.8, seed=4, logprobs=0),
+    SamplingParams(max_tokens=7, temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.5),
+    SamplingParams(max_tokens=11, temperature=0.0, min_tokens=3, stop_token_ids=(5, 9, 60)),
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"chunked_prefill_size": 5, "page_size": 1, "max_total_tokens": 60},
+        {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2},
+    ],
+    ids=["plain", "crowded", "two ranks"],
+)
+def test_scheduling_ahead_changes_nothing(folder: Path, settings: dict[str, int]) -> None:
+    """As on GPUs: the next step is under way before the last one's tokens are known."""
+    with LLM(str(folder), device="cpu", **settings) as one:  # type: ignore[arg-type]
+        expected = one.generate(PROMPTS, AHEAD)
+        one.core._depth = 2
+        same(one.generate(PROMPTS, AHEAD), expected)
+        same(one.generate(PROMPTS[::-1], AHEAD[::-1]), expected[::-1])
+
+
 def test_max_tokens_0_only_scores(llm: LLM) -> None:
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     (output,) = llm.generate([PROMPTS[1]], params)

@@ -259,9 +259,14 @@ def _prepare_heads(at: Setting) -> Prepared:
     norms = (at.normal(dim), at.normal(dim), _EPS)
     inputs: list[tuple[Any, ...]] = []
     for _ in range(at.copies):
-        batch = _decode_rows(at)
+        if at.rows <= _SAMPLED_ROWS:
+            paged, cache = _decode_rows(at).paged, _cache(at, at.rows)
+        else:  # so many rows are prompts
+            paged = _prefill_rows(at).paged
+            longest = max(length for length, _ in paged.prefill_lens)
+            cache = _cache(at, len(paged.prefill_lens), longest)
         qkv = at.normal(at.rows, (heads + 2 * kv_heads) * dim)
-        inputs.append((qkv, heads, kv_heads, norms, cos, sin, _cache(at, at.rows), batch.paged))
+        inputs.append((qkv, heads, kv_heads, norms, cos, sin, cache, paged))
     row = (heads + 2 * kv_heads) * dim
     return Prepared(
         inputs=inputs,

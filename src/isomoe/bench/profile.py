@@ -299,7 +299,8 @@ def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def break_down(events: Sequence[Event], phase: str, steps: int) -> Breakdown | None:
     """The events of some steps, summed up; None if there are none.
 
-    Where events overlap, each counts in full, but the gaps are what no event covers.
+    Where events overlap, the time counts for the one that began first: a kernel whose launch
+    overlaps with the one before it waits for that one. So the parts and the gaps add up.
     """
     if not events or not steps:
         return None
@@ -308,9 +309,10 @@ def break_down(events: Sequence[Event], phase: str, steps: int) -> Breakdown | N
     names: dict[str, list[float]] = {}
     busy, reached = 0.0, ordered[0].begin
     for event in ordered:
-        taken[event.category] += event.end - event.begin
-        names.setdefault(event.name, []).append(event.end - event.begin)
-        busy += max(0.0, event.end - max(event.begin, reached))
+        own = max(0.0, event.end - max(event.begin, reached))
+        taken[event.category] += own
+        names.setdefault(event.name, []).append(own)
+        busy += own
         reached = max(reached, event.end)
     span = reached - ordered[0].begin
     most = sorted(names.items(), key=lambda item: -sum(item[1]))[:_NAMED]

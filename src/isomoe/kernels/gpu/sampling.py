@@ -344,7 +344,7 @@ def _first_bin(counts, top, temperature, top_k, top_p, min_p, V: tl.constexpr, B
         # The k best lie in the bins that hold at least k together.
         first = tl.max(tl.where(V - below >= top_k, place, 0), axis=0)
     elif top_p < 1.0:
-        lower = _LOWEST + place * _BIN
+        lower = place * _BIN + _LOWEST
         upper = tl.where(place == BINS - 1, top, tl.minimum(lower + _BIN, top))
         least = tl.where(place == 0, 0.0, _share(tl.minimum(lower, top), top, temperature))
         least = tl.where(least >= min_p, least, 0.0) * counts
@@ -612,7 +612,7 @@ def _from_all(  # type: ignore[no-untyped-def]
     low = tl.full((), -0x80000000, tl.int64)
     if limited | (top_p < 1.0):
         # Below the bin from which on tokens may be kept, with room for roundings.
-        floor = _ordered(_LOWEST + (first - 1) * _BIN)
+        floor = _ordered((first - 1) * _BIN + _LOWEST)
         low = tl.where(first > 0, _search_key(floor, NARROW).to(tl.int64), low)
         high = _search_key(best, NARROW).to(tl.int64) + 1
         if limited:
