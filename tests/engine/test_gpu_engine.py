@@ -90,18 +90,19 @@ SAMPLED = [
 
 
 def test_sampling_is_a_function_of_the_seed_and_follows_the_cpu() -> None:
+    """In fp32, where the two round nearly alike."""
     several = list(prompts())[: len(SAMPLED)]
-    with LLM(device="cuda", **CACHE) as llm:
+    with LLM(device="cuda", dtype="float32", **CACHE) as llm:
         first = llm.generate(several, SAMPLED)
         again = llm.generate(several, SAMPLED)
-    with LLM(device="cpu", **CACHE) as llm:
+    with LLM(device="cpu", dtype="float32", **CACHE) as llm:
         cpu = llm.generate(several, SAMPLED)
     assert [one.token_ids for one in first] == [one.token_ids for one in again]
-    assert sum(a.token_ids == b.token_ids for a, b in zip(first, cpu, strict=True)) >= 3
+    assert [one.token_ids for one in first] == [one.token_ids for one in cpu]
     scored = zip(first[3].prompt_logprobs or (), cpu[3].prompt_logprobs or (), strict=True)
     for one, other in scored:
         if one is not None and other is not None:
-            assert one.logprob == pytest.approx(other.logprob, abs=0.3)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
 
 
 def test_a_grammar_is_followed_though_the_next_step_is_under_way() -> None:

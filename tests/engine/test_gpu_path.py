@@ -1,9 +1,11 @@
 """The GPU's way through the engine, on whatever is here.
 
 Without a GPU, Triton's interpreter runs the kernels on the CPU: batches, kernels, sampling and
-overlapped scheduling are then those of a GPU, and only captured graphs are not.
+scheduling ahead, with tokens that the host does not know yet, are then those of a GPU. Captured
+graphs are not.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,37 +13,72 @@ import pytest
 
 import gpu_interpreter  # noqa: F401 - first of all
 from gpu_support import ON_GPU
-from isomoe.engine import LLM, SamplingParams
+from isomoe.engine import LLM, RequestOutput, SamplingParams
+from isomoe.engine.executor import LocalExecutor
+from isomoe.engine.gpu_batches import GpuBatches
 from isomoe.kernels import dispatch
 
-PROMPTS = [[5, 9, 2, 7, 7, 1, 30, 4, 11], [3, 1]]
-GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=3)
+PROMPTS = [[5, 9, 2, 7, 7, 1, 30, 4, 11], [3], [8, 1], [6] * 5]
+PARAMS = [
+    SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, logprobs=3),
+    SamplingParams(max_tokens=5, temperature=0.9, top_p=0.8, seed=3, logprobs=0),
+    SamplingParams(max_tokens=4, temperature=0.0, repetition_penalty=1.4, prompt_logprobs=1),
+    SamplingParams(max_tokens=0, prompt_logprobs=1),
+]
 
 
 @pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device whose kernels are Triton's."""
-    if not ON_GPU:
-        monkeypatch.setattr(dispatch, "interpreted", True)
-    return "cuda" if ON_GPU else "cpu"
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """From now on kernels are Triton's; the device that they run on."""
+
+    def begin() -> str:
+        monkeypatch.setattr(dispatch, "interpreted", not ON_GPU)
+        return "cuda" if ON_GPU else "cpu"
+
+    return begin
 
 
-def llm(folder: Path, device: str, **changes: object) -> LLM:
-    sizes = {"page_size": 4, "chunked_prefill_size": 8, "max_total_tokens": 512, "dtype": "float32"}
-    return LLM(str(folder), device=device, **(sizes | changes))  # type: ignore[arg-type]
+def llm(folder: Path, device: str) -> LLM:
+    return LLM(
+        str(folder),
+        device=device,
+        page_size=4,
+        chunked_prefill_size=8,
+        max_total_tokens=512,
+        dtype="float32",
+    )
 
 
-def test_the_kernels_of_a_gpu_give_the_plain_ones_answers(folder: Path, on_triton: str) -> None:
-    dispatch.interpreted = False
+def scores(output: RequestOutput) -> list[tuple[int, float]]:
+    """Every logprob that an output has."""
+    found = (*(output.logprobs or ()), *(output.prompt_logprobs or ()))
+    return [(token.token_id, token.logprob) for token in found if token is not None]
+
+
+def test_the_kernels_of_a_gpu_give_the_plain_ones_answers(
+    folder: Path, on_triton: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with llm(folder, "cpu") as plain:
-        expected = plain.generate(PROMPTS, GREEDY)
-    dispatch.interpreted = not ON_GPU
-    with llm(folder, on_triton) as engine:
+        expected = plain.generate(PROMPTS, PARAMS)
+    unknown = 0
+    columns = GpuBatches._columns
+
+    def counted(batches: GpuBatches) -> tuple[list[int], list[int], list[int]]:
+        nonlocal unknown
+        found = columns(batches)
+        unknown += found[2].count(-1)
+        return found
+
+    monkeypatch.setattr(GpuBatches, "_columns", counted)
+    with llm(folder, on_triton()) as engine:
         engine.core._depth = 2
         engine.core.scheduler.limits = replace(engine.core.scheduler.limits, graph_rows=(1, 2, 4))
-        found = engine.generate(PROMPTS, GREEDY)
+        found = engine.generate(PROMPTS, PARAMS)
+        assert isinstance(engine.core.executor, LocalExecutor)
+        assert len(engine.core.executor.worker._sampler._open) <= 2, "answers are kept"
+    assert unknown, "the host knew every token"
     for one, other in zip(found, expected, strict=True):
         assert one.token_ids == other.token_ids
-        for mine, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
-            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
-            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+        assert scores(one) == [
+            (token, pytest.approx(logprob, abs=1e-4)) for token, logprob in scores(other)
+        ]

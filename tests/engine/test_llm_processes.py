@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from test_llm import GREEDY, PROMPTS, same
 
-from isomoe.engine import LLM, RequestOutput, SamplingParams
+from isomoe.engine import LLM, Request, RequestOutput, SamplingParams
 from isomoe.engine.processes import ProcessExecutor
 from isomoe.errors import CheckpointError, EngineDeadError
 
@@ -180,3 +180,24 @@ def test_an_engine_that_nobody_holds_ends(folder: Path) -> None:
     pids = executor_of(llm).pids
     del llm
     assert running(pids) == []
+
+
+def test_a_large_answer_and_a_large_step_pass_one_another() -> None:
+    """Each more than a pipe holds: a step goes out while the last one's answer comes in."""
+    with LLM(device="cpu", max_total_tokens=260_000, **TP2) as llm:
+        core = llm.core
+        core._depth = 2
+        long = [30 + index % 500 for index in range(1000)]
+        scored = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=20)
+        core.add(Request(request_id=0, prompt_token_ids=tuple(long), params=scored, max_tokens=1))
+        first = core.scheduler.schedule()
+        assert first is not None
+        core.executor.launch(first)
+        core._under_way.append(first)
+        short = SamplingParams(max_tokens=1, temperature=0.0)
+        for number in range(1, 240):
+            prompt = (number, *long)
+            core.add(
+                Request(request_id=number, prompt_token_ids=prompt, params=short, max_tokens=1)
+            )
+        core.step()

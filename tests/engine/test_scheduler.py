@@ -121,6 +121,7 @@ class Group:
         )
         prefill = 0
         sampled = []
+        scored_rows = 0
         for request_id, tokens, wanted, samples in columns:
             member = self.members[request_id]
             begin, member.computed = member.computed, member.computed + tokens
@@ -133,11 +134,13 @@ class Group:
             scored = self.scored.setdefault(request_id, [])
             scored += range(member.computed - wanted + 1, min(member.computed + 1, prompt))
             assert wanted >= samples
+            scored_rows += wanted - samples
             if samples:
                 assert member.computed == len(member.tokens)
                 sampled.append(next_token(member.tokens))
                 member.tokens.append(sampled[-1])
         assert prefill <= self.limits.max_prefill_tokens
+        assert scored_rows <= self.limits.max_scored_rows
         return sampled
 
     def _write(self, member: Member, begin: int) -> None:
@@ -244,6 +247,7 @@ ARRIVALS = st.tuples(PROMPTS, st.integers(0, 24), st.none() | st.integers(0, 12)
     most=st.integers(1, 5),
     headroom=st.sampled_from((1, 6, 40)),
     prefix_cache=st.booleans(),
+    scored=st.sampled_from((1, 3, 1024)),
     graph_rows=st.sampled_from(((), (1, 2, 5))),
     depth=st.integers(1, 2),
     arrivals=st.lists(st.lists(ARRIVALS, max_size=5), min_size=1, max_size=8),
@@ -257,6 +261,7 @@ def test_every_request_gets_the_output_that_it_has_alone(
     most,
     headroom,
     prefix_cache,
+    scored,
     graph_rows,
     depth,
     arrivals,
@@ -271,6 +276,7 @@ def test_every_request_gets_the_output_that_it_has_alone(
             max_prefill_tokens=budget,
             headroom_tokens=headroom,
             prefix_cache=prefix_cache,
+            max_scored_rows=scored,
             graph_rows=graph_rows,
         ),
         depth,

@@ -15,7 +15,7 @@ class Batch:
 
     Attributes:
         ids: [rows] int64, the token ids of this rank's attention-DP group, padding included.
-        positions: [rows] int64, each token's place in its request.
+        positions: [rows] integers, each token's place in its request.
         attention: the group's requests, for the attention kernel: `PagedRows` on GPUs.
         rows: the step's rows on all ranks.
         logits_rows: the rows that get logits, on all ranks.

@@ -186,7 +186,9 @@ def _conditions(args: argparse.Namespace, info: "ModelInfo") -> dict[str, object
         "max_tokens": args.max_tokens,
         "ignore_eos": args.ignore_eos,
         "max_running_requests": args.max_running_requests,
-        "chunked_prefill_size": args.chunked_prefill_size,
+        "chunked_prefill_size": engine_config_from(args, Parallelism()).prefill_limits(info.device)[
+            0
+        ],
         "page_size": args.page_size,
         "random_seed": args.random_seed,
     }

@@ -31,6 +31,12 @@ class Adjuster:
             self._unended = _all_but(request.stop_ids, vocab_size)
         self._matcher = grammars.matcher(params) if params.has_grammar else None
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the next adjustment depends on the tokens before; a bias alone does not."""
+        counts, ends = self._counts is not None, self._unended is not None
+        return counts or self._matcher is not None or (ends and self._taken < self._min_tokens)
+
     def next(self, tokens: Sequence[int]) -> RowAdjustment | None:
         """How the row is adjusted from which the token after `tokens`, prompt and output, comes.
 

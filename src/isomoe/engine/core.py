@@ -133,6 +133,8 @@ class EngineCore:
         config = self.config
         if config.disable_cuda_graph or not self.executor.can_capture:
             return ()
+        if config.instrument is not None:  # sees the stream of each step, and a replay has none
+            return ()
         return graph_ladder(min(config.cuda_graph_max_bs, config.max_running_requests))
 
 

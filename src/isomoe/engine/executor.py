@@ -54,11 +54,6 @@ class Executor(ABC):
             EngineDeadError: if a rank fails; nothing can be run afterwards.
         """
 
-    def execute(self, step: Step) -> list[GroupOutput]:
-        """One step, from its start to its answers."""
-        self.launch(step)
-        return self.collect()
-
     @property
     def pids(self) -> list[int]:
         """The process ids of workers that are processes of their own, in rank order."""

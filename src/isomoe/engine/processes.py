@@ -132,7 +132,7 @@ class ProcessExecutor(Executor):
         return self._collect(self._ranks[:: self._attn_tp], GroupOutput)
 
     def check_alive(self) -> None:
-        # A worker says nothing between steps, so that whatever can be read is its end.
+        # Without a step under way a worker says nothing, so that whatever can be read is its end.
         if self._selector.select(0) and any(map(_ended, self._ranks)):
             self._fail(loading=False)
 
@@ -155,7 +155,9 @@ class ProcessExecutor(Executor):
         """One message of `kind` from each of `ranks`, in their order."""
         loading = kind is Loaded
         while silent := [rank for rank in ranks if not rank.said]:
-            ready = self._selector.select(None if loading else self._watchdog_seconds)
+            # Loading and capturing take as long as they take.
+            watched = self._watchdog_seconds if kind is GroupOutput else None
+            ready = self._selector.select(watched)
             if not ready:
                 self._give_up(silent)
             for key, _ in ready:

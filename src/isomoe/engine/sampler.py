@@ -68,12 +68,21 @@ class Sampler:
     Args:
         first: whether this is the first rank.
         grammars: for requests that have one; used on the first rank alone.
+        keeps_tokens: whether the next step finds the drawn tokens on the device. The host then
+            hears of them when it waits for the answer; else before `launch` returns.
     """
 
-    def __init__(self, comm: Communicator, first: bool, grammars: GrammarFactory) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        first: bool,
+        grammars: GrammarFactory,
+        keeps_tokens: bool = False,
+    ) -> None:
         self._comm = comm
         self._first = first
         self._grammars = grammars
+        self._keeps_tokens = keeps_tokens
         self._known: set[int] = set()
         self._adjusters: dict[int, Adjuster] = {}
         self._attn_tp = comm.seat.mesh.attn_tp
@@ -94,8 +103,7 @@ class Sampler:
             ids, finite = self._draw(logits, drawing)
             if self._first:
                 chosen = _chosen(logits, ids, drawing)
-        on_cpu = logits.device.type == "cpu"
-        if not self._first and not on_cpu:
+        if not self._first and self._keeps_tokens:
             return Sampled(ids, None)  # the tokens stay on the device
         host_ids = None if ids is None else to_host(ids)
         host_finite = None if finite is None else to_host(finite)
@@ -116,7 +124,9 @@ class Sampler:
             return output
 
         later = Later(answer, logits.device)
-        if not on_cpu:
+        if not self._keeps_tokens:
+            later.wait()
+        elif ids is not None:
             self._open.append(later)
         return Sampled(ids, later if self._first else None)
 
@@ -134,7 +144,8 @@ class Sampler:
         adjusted = self._adjustments(drawing, logits.shape[1])
         if adjusted:
             found = adjust(_rows(logits, list(adjusted)), list(adjusted.values()))
-            ids[list(adjusted)] = sample(found, [_row_sampling(drawing[i]) for i in adjusted])
+            found = sample(found, [_row_sampling(drawing[i]) for i in adjusted])
+            ids.index_copy_(0, to_device(list(adjusted), torch.int64, ids.device), found)
         warm = [
             index
             for index, draw in enumerate(drawing)
@@ -153,15 +164,19 @@ class Sampler:
         for draw in drawing:
             if draw.request.request_id not in self._known:
                 self._meet(draw.request, vocab_size)
+        asked = [
+            (index, self._adjusters[draw.request.request_id])
+            for index, draw in enumerate(drawing)
+            if draw.request.request_id in self._adjusters
+        ]
+        wait = any(adjuster.needs_tokens for _, adjuster in asked)
+        while self._open and (wait or self._open[0].ready):
+            self._open.popleft().wait()
         found: dict[int, RowAdjustment] = {}
-        while self._open and (self._adjusters or self._open[0].ready):
-            self._open.popleft().wait()  # an adjustment depends on all tokens before
-        if self._adjusters:
-            for index, draw in enumerate(drawing):
-                adjuster = self._adjusters.get(draw.request.request_id)
-                adjustment = None if adjuster is None else adjuster.next(draw.tokens)
-                if adjustment is not None:
-                    found[index] = adjustment
+        for index, adjuster in asked:
+            adjustment = adjuster.next(drawing[index].tokens)
+            if adjustment is not None:
+                found[index] = adjustment
         return found
 
     def _meet(self, request: Request, vocab_size: int) -> None:

@@ -9,7 +9,15 @@ from typing import NamedTuple
 from isomoe.engine.kv_cache import PagePool, pages_for
 from isomoe.engine.outputs import FinishReason, Update
 from isomoe.engine.prefix_cache import Node, PrefixCache
-from isomoe.engine.step import GroupStep, Joined, Request, Schedule, Step, StepShape
+from isomoe.engine.step import (
+    MAX_SCORED_ROWS,
+    GroupStep,
+    Joined,
+    Request,
+    Schedule,
+    Step,
+    StepShape,
+)
 from isomoe.errors import RequestError
 
 _OVERLOAD = 1.5
@@ -30,6 +38,7 @@ class Limits:
             decode have one each beside these.
         headroom_tokens: how far all running requests must be able to grow for one more to join.
         prefix_cache: whether requests that begin alike share pages.
+        max_scored_rows: rows of a step whose logits are wanted for prompt tokens.
         graph_rows: ascending; a step that only decodes, and has at most so many rows in each group,
             is padded to the next of these in every group. Empty: nothing is padded.
     """
@@ -42,6 +51,7 @@ class Limits:
     max_prefill_tokens: int
     headroom_tokens: int = 128
     prefix_cache: bool = True
+    max_scored_rows: int = MAX_SCORED_ROWS
     graph_rows: tuple[int, ...] = ()
 
     def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
@@ -330,6 +340,7 @@ class Scheduler:
             member.publish_at = member.computed + self.limits.page_size
         if member.cached is None:
             member.cached = member.computed
+        assert not member.under_way, "a request came back before its step was told of"
         member.group = group
         group.running.append(member)
         group.steady = False
@@ -360,17 +371,23 @@ class Scheduler:
             member.length += 1
             member.under_way += 1
         budget = self.limits.max_prefill_tokens
+        scored_budget = self.limits.max_scored_rows
         for member in () if group.steady else group.running:
             if member.decodes or not budget or not member.can_run:
                 continue
             begin = member.computed
             tokens = min(len(member.tokens) - begin, budget, self.limits.chunked_prefill_size)
+            if member.unscored is not None:
+                tokens = min(tokens, max(0, member.unscored - begin) + scored_budget)
+                if not tokens:
+                    continue
             budget -= tokens
             member.computed += tokens
             last = member.computed == len(member.tokens) and member.end > len(member.tokens)
             wanted = int(last)
             if member.unscored is not None and member.computed > member.unscored:
                 wanted = member.computed - max(begin, member.unscored)
+                scored_budget -= wanted
                 scored = member.computed >= len(member.request.prompt_token_ids)
                 member.unscored = None if scored else member.computed
             member.under_way += 1

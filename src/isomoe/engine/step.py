@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from isomoe.engine.outputs import TokenLogprob
 from isomoe.engine.sampling_params import SamplingParams
 
+MAX_SCORED_ROWS = 1024
+"""Rows of an attention-DP group in a step that get logits for the sake of prompt tokens: bounds the
+memory that logits take."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

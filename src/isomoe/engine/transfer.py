@@ -28,7 +28,7 @@ class Later(Generic[T]):
 
     Args:
         build: called once, on the first `wait`.
-        device: where the work is; on a CPU it is done already, and `build` runs at once.
+        device: where the work is; a CPU has done it by now.
     """
 
     def __init__(self, build: Callable[[], T], device: torch.device) -> None:
@@ -38,8 +38,6 @@ class Later(Generic[T]):
         if device.type == "cuda":
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
-        else:
-            self.wait()
 
     @property
     def ready(self) -> bool:
@@ -51,6 +49,6 @@ class Later(Generic[T]):
         if self._build is not None:
             if self._event is not None:
                 self._event.synchronize()
-            build, self._build = self._build, None
-            self._value = build()
+            self._value = self._build()
+            self._build = None
         return self._value

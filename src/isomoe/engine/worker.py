@@ -1,6 +1,7 @@
 """One rank: the model with its weights, the KV cache, and the requests of its attention group."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from isomoe.engine.kv_cache import CPU_CACHE_BYTES, pages_for
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.residents import Residents
 from isomoe.engine.sampler import Answer, Sampler
-from isomoe.engine.step import GroupStep, StepShape
+from isomoe.engine.step import MAX_SCORED_ROWS, GroupStep, StepShape
 from isomoe.kernels import on_gpu
 from isomoe.layout import MACHINES, Seat, TokenRows, make_plan
 from isomoe.models import build
@@ -68,9 +69,10 @@ class Worker:
         mesh = self.seat.mesh
         self.group_index = self.seat.index(mesh.attn_dp)
         self.answers = self.seat.index(mesh.attn_tp) == 0
-        self._sampler = Sampler(self.comm, self.answers, info.grammars())
         self._residents = Residents(config.max_running_requests)
         self._batches = self._make_batches()
+        keeps = isinstance(self._batches, GpuBatches)
+        self._sampler = Sampler(self.comm, self.answers, info.grammars(), keeps_tokens=keeps)
         self._graphs: DecodeGraphs | None = None
         self.use_graphs = True
 
@@ -137,22 +139,26 @@ class Worker:
         cores = self.model.attention_cores()
         for core in cores:
             core.allocate_cache(1, config.page_size, self.dtype, self.device)
-        _, most = config.prefill_limits(self.device.type)
-        tokens = min(most, self.info.context_length)
-        logits_rows = min(config.max_running_requests, tokens)
-        rows = TokenRows.of(mesh, (tokens,) * groups)
-        columns = torch.zeros(3, tokens, dtype=torch.int32, device=self.device)
-        columns[1] = torch.arange(tokens, device=self.device)
-        starts = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
+        chunk, most = config.prefill_limits(self.device.type)
+        longest = min(chunk, self.info.context_length)
+        prompts = [min(longest, most - at) for at in range(0, most, longest)]
+        decodes = config.max_running_requests
+        total = decodes + most
+        logits_rows = min(decodes + MAX_SCORED_ROWS, total)
+        rows = TokenRows.of(mesh, (total,) * groups)
+        columns = torch.zeros(3, total, dtype=torch.int32, device=self.device)
+        columns[1, decodes:] = torch.cat([torch.arange(length) for length in prompts])
+        starts = torch.tensor([*accumulate(prompts, initial=decodes)], dtype=torch.int32)
+        lens = tuple((length, length) for length in prompts)
         batch = Batch(
             ids=columns[2].long(),
             positions=columns[1],
-            attention=self._batches.paged_rows(columns, 0, ((tokens, tokens),), starts),
+            attention=self._batches.paged_rows(columns, decodes, lens, starts.to(self.device)),
             rows=rows,
-            logits_rows=rows.select([range(tokens - logits_rows, tokens)] * groups),
+            logits_rows=rows.select([range(total - logits_rows, total)] * groups),
             rank=self.seat.rank,
         )
-        self._forward(batch, self.plan.choose((tokens,) * groups))
+        self._forward(batch, self.plan.choose((total,) * groups))
         for core in cores:
             del core.kv_cache
 

@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from isomoe.errors import IsomoeError
 _ANSWER_POLL_SECONDS = 50e-6
 """How often a worker looks whether its device has an answer, while no step comes in."""
 _PROGRESS_SECONDS = 0.05
+_SENDING = threading.Lock()
 """The shortest time between two reports on loading."""
 
 
@@ -65,11 +68,12 @@ def _serve(pipe: Connection) -> None:
     _send(pipe, Loaded(available_bytes=worker.available_bytes()))
     last: StepShape | None = None
     answers: deque[Answer] = deque()
+    outbox = _outbox(pipe)
     while True:
         # Answers go out as soon as they are there, and the next step is taken while they are not.
         while answers and (answers[0].ready or not pipe.poll(_ANSWER_POLL_SECONDS)):
             if answers[0].ready:
-                _send(pipe, answers.popleft().wait())
+                outbox.put(answers.popleft().wait())
         match pickle.loads(pipe.recv_bytes()):
             case WorkerStep(shape=shape, group=group):
                 last = shape or last
@@ -82,6 +86,23 @@ def _serve(pipe: Connection) -> None:
                 _send(pipe, CacheReady())
             case Stop():
                 return
+
+
+def _outbox(pipe: Connection) -> SimpleQueue[Any]:
+    """What is put into it is sent by a thread of its own.
+
+    A large answer waits until the engine core reads it, and the core may be waiting for this rank
+    to read a large step.
+    """
+    outbox: SimpleQueue[Any] = SimpleQueue()
+
+    def send() -> None:
+        with suppress(OSError):  # the core has gone; the main thread sees that, too
+            while True:
+                _send(pipe, outbox.get())
+
+    threading.Thread(target=send, name="answers", daemon=True).start()
+    return outbox
 
 
 def threads_per_rank(ranks: int) -> int:
@@ -116,4 +137,6 @@ def _report(pipe: Connection, error: Exception) -> None:
 
 
 def _send(pipe: Connection, message: Any) -> None:
-    pipe.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    with _SENDING:
+        pipe.send_bytes(data)

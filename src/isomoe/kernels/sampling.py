@@ -112,7 +112,7 @@ def adjust(logits: Tensor, rows: Sequence[RowAdjustment]) -> Tensor:
     biases = [(index, row.bias) for index, row in enumerate(rows) if row.bias is not None]
     if biases:
         at = _places(out, [(index, ids) for index, (ids, _) in biases])
-        values = torch.cat([values for _, (_, values) in biases]).to(out.device)
+        values = _moved(torch.cat([values for _, (_, values) in biases]), out.device)
         out.view(-1).index_put_((at,), values, accumulate=True)
     penalties = [(i, row.penalties) for i, row in enumerate(rows) if row.penalties is not None]
     if penalties:
@@ -158,20 +158,28 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """`x` from the CPU on `device`; nobody waits for a GPU to take it."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def _places(logits: Tensor, token_ids: Sequence[tuple[int, Tensor]]) -> Tensor:
     """Where the tokens of each row lie in the flattened logits."""
     vocab = logits.shape[1]
-    return torch.cat([ids + row * vocab for row, ids in token_ids]).to(logits.device)
+    places = torch.cat([ids + row * vocab for row, ids in token_ids])
+    return _moved(places, logits.device)
 
 
 def _penalize(logits: Tensor, penalties: Sequence[tuple[int, RowPenalties]]) -> None:
     """In place."""
     each = torch.tensor([(row.repetition, row.presence, row.frequency) for _, row in penalties])
     sizes = torch.tensor([row.token_ids.shape[0] for _, row in penalties])
-    factors = each.repeat_interleave(sizes, dim=0).to(logits.device)
+    factors = _moved(each.repeat_interleave(sizes, dim=0), logits.device)
     repetition, presence, frequency = factors.unbind(dim=1)
     repetition = repetition.clamp(_LEAST_REPETITION, _MOST_REPETITION)
-    counts = torch.cat([row.counts for _, row in penalties]).to(logits.device)
+    counts = _moved(torch.cat([row.counts for _, row in penalties]), logits.device)
     at = _places(logits, [(index, row.token_ids) for index, row in penalties])
     flat = logits.view(-1)
     values = flat[at]
@@ -184,9 +192,9 @@ def _mask(logits: Tensor, masks: Sequence[tuple[int, Tensor]]) -> None:
     device = logits.device
     bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
     addends = torch.zeros(256, 8, device=device).masked_fill_(bits & 1 == 0, -torch.inf)
-    packed = torch.stack([mask for _, mask in masks]).to(device).view(torch.uint8)
+    packed = _moved(torch.stack([mask for _, mask in masks]), device).view(torch.uint8)
     banned = torch.nn.functional.embedding(packed.int(), addends).flatten(1)
-    index = torch.tensor([row for row, _ in masks], device=device)
+    index = _moved(torch.tensor([row for row, _ in masks]), device)
     logits.index_add_(0, index, banned[:, : logits.shape[1]])
 
 

@@ -170,7 +170,8 @@ class _CollectiveRows:
     def of(self, step: Step) -> dict[str, int]:
         """Rows by operation and axes, such as {"all_reduce 0,1": 96}."""
         body, tail = self._counts[step.shape.regime]
-        rows, logits = sum(step.shape.rows), sum(map(len, step.shape.logits_rows))
+        shape = step.shape
+        rows, logits = sum(shape.padded or shape.rows), sum(map(len, shape.logits_rows))
         return {key: body[key] * rows + tail[key] * logits for key in body | tail}
 
 

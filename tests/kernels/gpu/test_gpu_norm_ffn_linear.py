@@ -183,3 +183,23 @@ def test_no_rows(dtype: torch.dtype) -> None:
     assert norm.add_rms_norm(empty, empty, random(32), EPS)[1].shape == (0, 32)
     assert ffn.silu_and_mul(empty).shape == (0, 16)
     assert linear(empty, random(8, 32, dtype=dtype)).shape == (0, 8)
+
+
+def test_a_tuned_entry_serves_other_numbers_of_rows() -> None:
+    """As the nearest entry does: of one row for two, of four for ten, of bf16 for fp32."""
+    one_row = {"PATH": VECTOR, "BLOCK_N": 2, "BLOCK_K": 32, "STAGES": 2, "AHEAD": 0, "num_warps": 1}
+    four_rows = OF_VECTOR | {"BLOCK_N": 2, "BLOCK_K": 64}
+    tile = OF_TILE | {"BLOCK_N": 16, "BLOCK_K": 32, "SPLITS": 1, "STAGES": 2}
+    cases = (
+        (one_row, 2, torch.bfloat16),
+        (four_rows, 10, torch.bfloat16),
+        (four_rows, 3, torch.bfloat16),
+        (tile, 40, torch.bfloat16),
+        (tile, 6, torch.float32),
+    )
+    for config, rows, dtype in cases:
+        x = torch.randn(rows, 64, device=DEVICE).to(dtype)
+        weight = torch.randn(20, 64, device=DEVICE).to(dtype)
+        with trying("linear", config):
+            out = linear(x, weight)
+        assert relative_error(out, x.double() @ weight.double().T) < BOUND[dtype]

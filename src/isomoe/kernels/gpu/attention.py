@@ -33,7 +33,7 @@ def attend(
 
     qkv: [T, (N + 2K) d], overwritten in part. Returns [T, N, d] in its dtype.
     """
-    if not _for_library(rows):
+    if qkv.dtype.itemsize > 2 or not _for_library(rows):
         q = prepare_heads(qkv, num_heads, kv_heads, norms, cos, sin, kv_cache, rows)
         return paged_attention(q, kv_cache, rows, scale)
     heads = qkv.view(qkv.shape[0], num_heads + 2 * kv_heads, -1)

@@ -37,8 +37,10 @@ def grouped_experts(
     experts, _, size = down.shape
     top_k = topk_ids.shape[1]
     pairs = rows * top_k
-    shape = (experts, top_k, hidden, size)
+    shape: tuple[int, ...] = (experts, top_k, hidden, size)
     exact = x.dtype == torch.float32
+    if exact:
+        shape = (*shape, x.dtype.itemsize)  # has tuned entries of its own
     config = FP32 if exact else default_gate_up(pairs, experts)
     config = find(GATE_UP, shape, rows, config)
     aligned = align(topk_ids, experts, config["BLOCK_M"])

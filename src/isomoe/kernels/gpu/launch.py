@@ -12,13 +12,10 @@ import torch
 
 from isomoe.kernels.gpu.configs import Config
 
-enabled = True
-"""For measurements without."""
-
 
 def overlapped() -> Config:
     """Arguments of a launch whose kernel has the parameter PDL, and keeps to the above."""
-    if enabled and _supported():
+    if _supported():
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -26,4 +23,6 @@ def overlapped() -> Config:
 @cache
 def _supported() -> bool:
     # The instructions came with Hopper.
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0)

@@ -38,9 +38,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if rows > TILE_ROWS or weight.stride(1) != 1:
         return F.linear(x, weight)
     outputs, inputs = weight.shape
-    config = find(
-        LINEAR, (outputs, inputs), rows, _default(rows, outputs, inputs, x.dtype.itemsize)
-    )
+    default = _default(rows, outputs, inputs, x.dtype.itemsize)
+    config = find(LINEAR, (outputs, inputs), rows, default)
+    if not _fits(config, rows, inputs, x.dtype.itemsize):
+        config = default  # tuned for another number of rows, or another dtype
     if rows == 0 or config["PATH"] == CUBLAS:
         return F.linear(x, weight)
     if x.stride(1) != 1:
@@ -51,6 +52,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     else:
         _launch_tile(x, weight, out, config)
     return out
+
+
+def _fits(config: Config, rows: int, inputs: int, itemsize: int) -> bool:
+    if config["PATH"] == VECTOR:
+        return rows == 1 or (rows <= VECTOR_ROWS and config["BLOCK_K"] >= inputs)
+    return config["PATH"] == CUBLAS or itemsize == 2
 
 
 def _launch_vector(x: Tensor, weight: Tensor, out: Tensor, config: Config) -> None:
