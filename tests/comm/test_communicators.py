@@ -1,4 +1,4 @@
-"""One contract for all communicators: simulated ranks, and processes over Gloo."""
+"""One contract for all communicators: simulated ranks, staged ones, and processes over Gloo."""
 
 import gc
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from isomoe.comm import Communicator, LocalComm, SimWorld, torch_communicator
+from isomoe.comm.torch_comm import StagedComm
 from isomoe.errors import CollectiveError
 from isomoe.layout import Mesh, Parallelism, Seat
 from support import runs
@@ -29,6 +30,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], R
         if (kind, world_size) not in known:
             if kind == "simulated":
                 results = SimWorld(MESHES[world_size]).run(run_all)
+            elif kind == "staged":
+                world = SimWorld(MESHES[world_size])
+                results = world.run(lambda comm: run_all(StagedComm(comm, torch.device("cpu"))))
             else:
                 folder = tmp_path_factory.mktemp(f"gloo{world_size}")
                 torch.multiprocessing.spawn(
@@ -48,7 +52,7 @@ def load(file: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("collective", sorted({case.name.split()[0] for case in cases()}))
 @pytest.mark.parametrize("world_size", MESHES)
-@pytest.mark.parametrize("kind", ["simulated", "gloo"])
+@pytest.mark.parametrize("kind", ["simulated", "staged", "gloo"])
 def test_a_collective_gives_what_plain_tensors_give(
     kind: str, world_size: int, collective: str, outcomes: Callable[[str, int], Results]
 ) -> None:

@@ -46,8 +46,8 @@ def generate(documents: Sequence[Json]) -> tuple[str, str | None]:
     for (card, model), entries in groups.items():
         lines += _section(card, model, entries, peers.get((card, model), {}), plot is None)
         plot = plot or _plot(card, model, list(entries.values()))
-    for document in _newest_kernels(documents):
-        lines += _kernels(document)
+    for kernels in _newest_kernels(documents):
+        lines += _kernels(kernels)
     return "\n".join(lines) + "\n", plot
 
 
@@ -67,12 +67,15 @@ def _newest(documents: Sequence[Json], what: str) -> dict[tuple[str, str], dict[
     return ordered
 
 
-def _newest_kernels(documents: Sequence[Json]) -> list[Json]:
-    newest = {}
+def _newest_kernels(documents: Sequence[Json]) -> list[dict[tuple[str, int], Entry]]:
+    """For each card and model, by kernel and rows."""
+    groups: dict[tuple[str, str], dict[tuple[str, int], Entry]] = {}
     for document in documents:
         if document["what"] == "kernels":
-            newest[document["device"]["name"], document["model"]["name"]] = document
-    return list(newest.values())
+            entries = groups.setdefault((document["device"]["name"], document["model"]["name"]), {})
+            for one in document["kernels"]:
+                entries[one["name"], one["rows"]] = document, one
+    return list(groups.values())
 
 
 def _section(
@@ -218,19 +221,25 @@ def _peers(entries: Mapping[str, Entry]) -> Iterator[str]:
             return
 
 
-def _kernels(document: Json) -> Iterator[str]:
-    versions = document["versions"]
-    yield f"### Kernels in the sizes of {document['model']['name']}, {document['device']['name']}"
+def _kernels(entries: Mapping[tuple[str, int], Entry]) -> Iterator[str]:
+    documents = {document["file"]: document for document, _ in entries.values()}
+    first = next(iter(documents.values()))
+    yield f"### Kernels in the sizes of {first['model']['name']}, {first['device']['name']}"
+    yield ""
+    for document in documents.values():
+        versions = document["versions"]
+        yield (
+            f"- {document['date']}, isomoe {versions['commit'] or versions['isomoe']}, Triton "
+            f"{versions['triton']}: `{document['command']}`"
+        )
     yield ""
     yield (
-        f"{document['date']}, isomoe {versions['commit'] or versions['isomoe']}, Triton "
-        f"{versions['triton']}, `{document['command']}`. Errors are relative Frobenius norms "
-        "against plain torch, or the share of ids that differ."
+        "Errors are relative Frobenius norms against plain torch, or the share of ids that differ."
     )
     yield ""
     yield "| kernel | rows | us | floor | share | TB/s | TFLOP/s | plain torch, us | error |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for one in document["kernels"]:
+    for _, one in entries.values():
         twin = "" if one["twin_us"] is None else f"{one['twin_us']:,.1f}"
         yield (
             f"| {one['name']} | {one['rows']:,} | {one['us']:,.1f} | {one['floor_us']:,.1f} | "
