@@ -38,6 +38,14 @@ def test_a_share_of_the_memory_lies_between_0_and_1(fraction: float) -> None:
         EngineConfig(mem_fraction_static=fraction)
 
 
+def test_a_lack_of_memory_is_told_in_one_line() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"^the weights found too little .*40 GiB\); more ranks"),
+        gpu_memory.must_fit("the weights", "more ranks"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB. GPU 0 has")
+
+
 GIB = 1 << 30
 
 

@@ -1,11 +1,30 @@
 """How much of a GPU's memory the KV cache may take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from isomoe.errors import ConfigError
+
 _GRAPHS_BYTES = 1 << 30
 """Kept free for captured graphs, sampling and what the allocator cannot use."""
+
+
+@contextmanager
+def must_fit(what: str, remedy: str) -> Iterator[None]:
+    """Says in one line what found too little memory, and what would help.
+
+    Raises:
+        ConfigError: where torch raised OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])
+        raise ConfigError(
+            f"{what} found too little GPU memory ({reason}); {remedy} would help"
+        ) from None
 
 
 def free_for_cache(

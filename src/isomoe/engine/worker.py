@@ -12,7 +12,7 @@ from isomoe.comm.rendezvous import join, local_device
 from isomoe.config import EngineConfig, LoadFormat
 from isomoe.engine.batches import Batches, CpuBatches
 from isomoe.engine.gpu_batches import GpuBatches
-from isomoe.engine.gpu_memory import free_for_cache
+from isomoe.engine.gpu_memory import free_for_cache, must_fit
 from isomoe.engine.graphs import DecodeGraphs
 from isomoe.engine.instrument import load_instrument
 from isomoe.engine.kv_cache import CPU_CACHE_BYTES, pages_for
@@ -64,15 +64,14 @@ class Worker:
             chain = self.instrument.in_chain(chain)
         self.plan = make_plan(chain, MACHINES[self.device.type])
         self.seat: Seat = self.model.seat
-        self._load(progress)
+        with must_fit("the weights", "more ranks, or a GPU that nobody else uses,"):
+            self._load(progress)
         self.comm = self._communicator(port)
-        mesh = self.seat.mesh
-        self.group_index = self.seat.index(mesh.attn_dp)
-        self.answers = self.seat.index(mesh.attn_tp) == 0
         self._residents = Residents(config.max_running_requests)
         self._batches = self._make_batches()
         keeps = isinstance(self._batches, GpuBatches)
-        self._sampler = Sampler(self.comm, self.answers, info.grammars(), keeps_tokens=keeps)
+        first = self.seat.index(self.seat.mesh.attn_tp) == 0
+        self._sampler = Sampler(self.comm, first, info.grammars(), keeps_tokens=keeps)
         self._graphs: DecodeGraphs | None = None
         self.use_graphs = True
 
@@ -81,17 +80,19 @@ class Worker:
         """Memory that the KV cache may take: measured on a GPU, a budget on a CPU."""
         if self.device.type != "cuda":
             return CPU_CACHE_BYTES
-        return free_for_cache(
-            self.device, self.config.mem_fraction_static, self.comm.seat.mesh.size, self._profile
-        )
+        fraction, ranks = self.config.mem_fraction_static, self.seat.mesh.size
+        with must_fit("the largest step", "a smaller --max-prefill-tokens"):
+            return free_for_cache(self.device, fraction, ranks, self._profile)
 
     @torch.inference_mode()
     def allocate_cache(self, num_pages: int, graph_rows: Sequence[int] = ()) -> None:
         """Makes the KV cache of every layer, and captures steps of so many rows."""
-        for core in self.model.attention_cores():
-            core.allocate_cache(num_pages, self.config.page_size, self.dtype, self.device)
+        with must_fit("the KV cache", "a smaller --mem-fraction-static or --max-total-tokens"):
+            for core in self.model.attention_cores():
+                core.allocate_cache(num_pages, self.config.page_size, self.dtype, self.device)
         if graph_rows and self.device.type == "cuda":
-            self._graphs = DecodeGraphs(self._static_forward, graph_rows)
+            with must_fit("the captured steps", "a smaller --mem-fraction-static"):
+                self._graphs = DecodeGraphs(self._static_forward, graph_rows)
 
     @torch.inference_mode()
     def launch(self, shape: StepShape, group: GroupStep) -> Answer | None:
