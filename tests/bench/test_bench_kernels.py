@@ -122,7 +122,7 @@ def test_a_kernel_says_what_it_looks_for() -> None:
     for rows, kind in ((1, "few"), (18, "grouped")):
         asked = tuner.what_it_asks(case.prepare(replace(AT, rows=rows)))
         assert [one.kernel for one in asked] == [f"experts_{kind}_gate_up", f"experts_{kind}_down"]
-        assert {one.shape for one in asked} == {(8, 2, 32, 16)}
+        assert {one.shape[:4] for one in asked} == {(8, 2, 32, 16)}
         assert {one.rows for one in asked} == {rows}
 
 
