@@ -38,8 +38,11 @@ class Worker:
     Args:
         port: where the ranks meet; None for a lone rank.
 
+    Attributes:
+        use_graphs: whether captured steps are replayed; measurements turn it off for a while.
+
     Raises:
-        ConfigError: if the model cannot be laid out so.
+        ConfigError: if the model cannot be laid out so, or does not fit into a GPU's memory.
         CheckpointError: if the weights cannot be read.
     """
 

@@ -55,7 +55,6 @@ def test_large_rms_norm(rows: int, hidden: int, dtype: torch.dtype) -> None:
     assert relative_error(norm.rms_norm(x, weight, EPS), norm_reference(x, weight)) < BOUND[dtype]
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the interpreter cuts bf16 off instead of rounding it")
 def test_rms_norm_rounds_where_the_twin_does() -> None:
     x, weight = random(6, 128, dtype=torch.bfloat16), random(128, dtype=torch.bfloat16)
     twin = plain_norm.rms_norm(x, weight, EPS)
@@ -87,8 +86,7 @@ def test_add_rms_norm(
     wanted = (residual.float() + addend.float()).to(dtype)
     total, normed = norm.add_rms_norm(residual, addend, weight, EPS)
     assert total is residual
-    if ON_GPU or dtype != torch.bfloat16:  # which the interpreter does not round
-        assert torch.equal(total, wanted)
+    assert torch.equal(total, wanted)
     assert relative_error(total, wanted) < BOUND[dtype]
     assert normed.dtype == torch.bfloat16
     assert relative_error(normed, norm_reference(wanted, weight)) < BOUND[torch.bfloat16]
