@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow check prove bench clean
+.PHONY: install demo test test-slow check prove models bench clean
 
 install: .venv/.installed
 
@@ -14,6 +14,7 @@ install: .venv/.installed
 
 .venv/.dev: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@.ci/chromium || echo "The browser test of the parity report will be skipped."
 	@touch $@
 
 demo: .venv/.installed
@@ -32,6 +33,9 @@ check: test
 
 prove: .venv/.installed
 	$(BIN)/isomoe prove --all-models --max-ranks 64
+
+models: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -m models.record
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/cpu_decode.py

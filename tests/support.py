@@ -2,6 +2,7 @@
 rows and ranks stand, worked out from coordinates (it shares no code with `isomoe.layout`)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -72,9 +73,10 @@ def load_model(folder: Path, layout: Parallelism, rank: int, dtype: torch.dtype)
     model = build(read_config(folder), layout, rank)
     for leaf in model.leaves():
         leaf.allocate(dtype, torch.device("cpu"))
-    load_safetensors(folder, model.weight_slices(), model.ignores)
-    for core in model.attention_cores():
-        core.allocate_cache(64, PAGE, dtype, torch.device("cpu"))
+    load_safetensors(folder, model.weight_slices(), model.ignores, canonical=model.canonical)
+    for memory in model.memories():
+        memory.allocate_cache(64, PAGE, dtype, torch.device("cpu"))
+        memory.allocate_states(8, torch.device("cpu"))
     return model
 
 
@@ -138,7 +140,68 @@ def attention_batch(prompts: Sequence[Sequence[int]]) -> AttentionBatch:
     for request, count in enumerate(pages):
         table[request, :count] = torch.arange(first, first + count)
         first += count
-    return AttentionBatch(query_lens=lens, context_lens=lens, block_tables=table, page_size=PAGE)
+    return AttentionBatch(
+        query_lens=lens,
+        context_lens=lens,
+        block_tables=table,
+        page_size=PAGE,
+        state_slots=tuple(range(len(lens))),
+    )
+
+
+def run_steps(
+    models: Sequence[CausalLM],
+    requests: Sequence[Sequence[int]],
+    pieces: Sequence[Sequence[int]],
+) -> list[Tensor]:
+    """Runs requests side by side, some tokens of each a step; all logits of each request.
+
+    Args:
+        models: one for each rank of a single attention group.
+        pieces: for each step, how many tokens of each request it takes.
+    """
+    mesh = models[0].seat.mesh
+    plan = plan_of(models[0])
+    pages = [-(-len(ids) // PAGE) for ids in requests]
+    table = torch.zeros(len(requests), max(pages), dtype=torch.int64)
+    for index, count in enumerate(pages):  # interleaved, so that no request's pages are a run
+        table[index, :count] = torch.arange(count) * len(requests) + index
+    found: list[list[Tensor]] = [[] for _ in requests]
+    done = [0] * len(requests)
+    for step in pieces:
+        taken = [index for index, count in enumerate(step) if count]
+        counts = tuple(step[index] for index in taken)
+        ids = [requests[i][done[i] + n] for i in taken for n in range(step[i])]
+        places = [done[i] + n for i in taken for n in range(step[i])]
+        for index in taken:
+            done[index] += step[index]
+        rows = TokenRows.of(mesh, [len(ids)])
+        batch = Batch(
+            ids=torch.tensor(ids),
+            positions=torch.tensor(places),
+            attention=AttentionBatch(
+                query_lens=counts,
+                context_lens=tuple(done[index] for index in taken),
+                block_tables=table[taken],
+                page_size=PAGE,
+                state_slots=tuple(taken),
+            ),
+            rows=rows,
+            logits_rows=rows.select([range(len(ids))]),
+            rank=0,
+        )
+        bound = plan.regimes[plan.choose([len(ids)])]
+
+        def rank_main(comm: Communicator, batch: Batch = batch, bound: Any = bound) -> Tensor:
+            stream = ResidualStream(bound, comm, batch.rows, torch.float32)
+            mine = replace(batch, rank=comm.seat.rank)
+            return models[comm.seat.rank].forward(mine, stream)
+
+        with torch.inference_mode():
+            logits = SimWorld(mesh).run(rank_main)[0]
+        for index, part in zip(taken, torch.split(logits, counts), strict=True):
+            found[index].append(part)
+    return [torch.cat(parts) for parts in found]
 
 
 def coordinates(axes: Sequence[int]) -> list[tuple[int, ...]]:

@@ -52,7 +52,8 @@ class EngineConfig:
         context_length: the most tokens of a request, prompt and output; None takes the model's.
         max_running_requests: the most requests that run at once in each attention-DP group.
         max_total_tokens: tokens that each rank's KV cache holds; None sizes it by memory.
-        page_size: tokens of a page of the KV cache.
+        page_size: tokens of a page of the KV cache; None takes 16, or more where the model's blocks
+            need it.
         chunked_prefill_size: the most tokens of one prompt in a step; longer ones are prefilled
             in chunks. None is 2048, and 8192 on GPUs.
         max_prefill_tokens: the most prompt tokens of an attention-DP group in a step; None is
@@ -66,7 +67,9 @@ class EngineConfig:
         disable_overlap_schedule: schedule a step only when the one before has ended, on GPUs too.
         watchdog_timeout_seconds: how long a step may take before its silent workers count as dead.
         random_seed: of dummy weights, and of sampling where a request brings no seed.
-        instrument: `package.module:attribute` of an `engine.Instrument`, or None.
+        instrument: `package.module:attribute` of an `engine.Instrument`, or None. With `=ARGUMENT`
+            the attribute is called with that text and gives the instrument; several are joined
+            by `;`, and a later one wraps what an earlier one has changed.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -80,7 +83,7 @@ class EngineConfig:
     context_length: int | None = None
     max_running_requests: int = 256
     max_total_tokens: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int | None = None
     disable_radix_cache: bool = False
@@ -104,11 +107,6 @@ class EngineConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value}: must be at least 1")
-        if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
-            raise ConfigError(
-                f"--max-total-tokens {self.max_total_tokens}: not even one page of "
-                f"--page-size {self.page_size}"
-            )
         if not 0 < self.mem_fraction_static < 1:
             raise ConfigError(
                 f"--mem-fraction-static {self.mem_fraction_static}: must be between 0 and 1"
@@ -120,8 +118,9 @@ class EngineConfig:
             )
         if self.random_seed < 0:
             raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")
-        if self.instrument is not None and self.instrument.count(":") != 1:
-            raise ConfigError(f"instrument {self.instrument!r}: must be package.module:attribute")
+        for part in () if self.instrument is None else self.instrument.split(";"):
+            if part.partition("=")[0].count(":") != 1:
+                raise ConfigError(f"instrument {part!r}: must be package.module:attribute")
 
     def prefill_limits(self, device: str) -> tuple[int, int]:
         """The most tokens in a step on `device`: of one prompt, and of all prompts of a group."""

@@ -1,11 +1,12 @@
 """Level 0: each real block, with real weights, gives what it declares, on every rank.
 
-Summed along P, equal along R, the right rows along S and the right features along C, it must be
-what the same block gives on one rank.
+Summed along P, equal along R and the right rows along S, it must be what the same block gives on
+one rank. The inner moves that a block declares are carried out by a real stream.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -16,19 +17,33 @@ from torch import Tensor
 import isomoe.blocks
 from isomoe.blocks import (
     Attention,
+    AttentionNames,
     Batch,
     Block,
     Embedding,
+    ExpertNames,
+    ExpertWeights,
     GatedMLP,
+    LatentAttention,
+    LightningAttention,
     LmHead,
+    Memory,
+    PerExpert,
+    QueryScale,
     RMSNorm,
     Rope,
     SparseMoe,
+    Stacked,
+    Transposed,
+    WideNormAttention,
 )
+from isomoe.blocks.lightning import slopes
+from isomoe.comm import Communicator, SimWorld
 from isomoe.errors import ConfigError
-from isomoe.kernels import AttentionBatch
-from isomoe.layout import Mesh, Parallelism, Seat, TokenRows
-from support import attention_batch, coordinates, held_rows, leaves_of
+from isomoe.kernels import AttentionBatch, ClampedSwiGlu, Routing, Span, SwiGlu
+from isomoe.layout import Mesh, Parallelism, Regime, RegimePlan, Seat, TokenRows
+from isomoe.stream import ResidualStream
+from support import PAGE, attention_batch, coordinates, held_rows, leaves_of
 
 HIDDEN = 24
 VOCABULARY = 37  # a prime: no number of ranks divides it
@@ -52,12 +67,41 @@ class Case:
     takes_ids: bool = False
 
 
-def attention(**sizes: object) -> Callable[[Seat], Block]:
+def attention(kind: type[Attention] = Attention, /, **sizes: object) -> Callable[[Seat], Block]:
     def build(seat: Seat) -> Block:
-        given = {"hidden_size": HIDDEN, "head_dim": 8, "rope": Rope(8, 10000.0, 32)}
-        return Attention(seat, "attn", **(given | sizes))
+        given = {"hidden_size": HIDDEN, "head_dim": 8, "rope": Rope(8, 10000.0)}
+        return kind(seat, "attn", **(given | sizes))
 
     return build
+
+
+def latent(q_latent: int | None, bias: bool = False) -> Case:
+    def build(seat: Seat) -> Block:
+        return LatentAttention(
+            seat,
+            "attn",
+            hidden_size=HIDDEN,
+            num_heads=12,
+            q_latent=q_latent,
+            kv_latent=8,
+            head_dim=6,
+            v_head_dim=5,
+            rope=Rope(4, 10000.0, interleaved=True),
+            eps=1e-6,
+            bias=bias,
+        )
+
+    return Case(f"LatentAttention q_latent={q_latent} bias={bias}", build)
+
+
+def lightning(**options: object) -> Case:
+    def build(seat: Seat) -> Block:
+        names = AttentionNames(q="qkv", k="qkv", v="qkv", output="dense")
+        given = {"rope": Rope(4, 10000.0), "decay_factor": 0.7, "norm_groups": 12, "eps": 1e-6}
+        sizes = {"hidden_size": HIDDEN, "num_heads": 24, "head_dim": 8, "names": names}
+        return LightningAttention(seat, "attn", **(sizes | given | options))
+
+    return Case(f"LightningAttention {', '.join(options)}".strip(), build)
 
 
 def mlp(axes: str, gate: str | None = None) -> Case:
@@ -74,7 +118,7 @@ def mlp(axes: str, gate: str | None = None) -> Case:
     return Case(f"GatedMLP over {axes}{' with a gate' if gate else ''}", build)
 
 
-def moe(num_experts: int, width: int, top_k: int, renormalize: bool) -> Case:
+def moe(name: str, num_experts: int, width: int, routing: Routing, **options: object) -> Case:
     def build(seat: Seat) -> Block:
         return SparseMoe(
             seat,
@@ -82,11 +126,11 @@ def moe(num_experts: int, width: int, top_k: int, renormalize: bool) -> Case:
             hidden_size=HIDDEN,
             intermediate_size=width,
             num_experts=num_experts,
-            top_k=top_k,
-            renormalize=renormalize,
+            routing=routing,
+            **options,
         )
 
-    return Case(f"SparseMoe of {num_experts} renormalize={renormalize}", build)
+    return Case(f"SparseMoe of {num_experts} {name}", build)
 
 
 def head(tied: str | None) -> Case:
@@ -121,8 +165,122 @@ CASES = [
         (3,),
     ),
     Case("Attention MQA", attention(num_heads=24, num_kv_heads=1, qk_norm=1e-5), (1,)),
-    moe(24, 12, 3, renormalize=True),
-    moe(12, 24, 2, renormalize=False),
+    Case(
+        "Attention with a window, sinks and biases",
+        attention(
+            num_heads=12,
+            num_kv_heads=6,
+            span=Span(window=2),
+            has_sinks=True,
+            bias=True,
+            output_bias=True,
+        ),
+        (6,),
+    ),
+    Case(
+        "Attention with fused names, zero-centred norms and partial rope",
+        attention(
+            num_heads=12,
+            num_kv_heads=3,
+            bias=True,
+            names=AttentionNames(q="qkv", k="qkv", v="qkv"),
+            qk_norm=1e-6,
+            zero_centred=True,
+            rope=Rope(4, 10000.0),
+        ),
+        (3,),
+    ),
+    Case(
+        "Attention with fused names, scaled values of other dims and sinks",
+        attention(
+            num_heads=24,
+            num_kv_heads=2,
+            v_head_dim=3,
+            value_scale=0.7,
+            names=AttentionNames(q="qkv", k="qkv", v="qkv", sinks="sink"),
+            has_sinks=True,
+        ),
+        (2,),
+    ),
+    Case(
+        "Attention by chunks, with a unit norm and interleaved rope",
+        attention(
+            num_heads=12,
+            num_kv_heads=2,
+            span=Span(chunk=2),
+            unit_norm=1e-5,
+            rope=Rope(8, 10000.0, interleaved=True),
+        ),
+        (2,),
+    ),
+    Case(
+        "Attention without rope, with a query scale",
+        attention(
+            num_heads=12, num_kv_heads=6, rope=None, query_scale=QueryScale(0.5, 2.0), scale=0.2
+        ),
+        (6,),
+    ),
+    Case(
+        "Attention by blocks, with a gate",
+        attention(num_heads=12, num_kv_heads=3, span=Span(block=2), has_gate=True, qk_norm=1e-6),
+        (3,),
+    ),
+    Case(
+        "WideNormAttention",
+        attention(WideNormAttention, num_heads=12, num_kv_heads=12, qk_norm=1e-6),
+        (12,),
+    ),
+    Case(
+        "WideNormAttention with 2 KV heads and partial rope",
+        attention(
+            WideNormAttention, num_heads=12, num_kv_heads=2, qk_norm=1e-6, rope=Rope(4, 10000.0)
+        ),
+        (2,),
+    ),
+    latent(q_latent=7, bias=True),
+    latent(q_latent=None),
+    lightning(qk_norm=1e-6, bias=True, output_bias=True),
+    lightning(silu=True, rope=None, eps=0.1),
+    moe("renormalized", 24, 12, Routing(top_k=3, renormalize=True)),
+    moe("not renormalized", 12, 24, Routing(top_k=2)),
+    moe(
+        "by sigmoid, in groups, corrected",
+        24,
+        12,
+        Routing(
+            top_k=3, scoring="sigmoid", renormalize=True, scale=2.5, num_groups=4, kept_groups=2
+        ),
+        correction="gate.bias",
+        router_fp32=True,
+        names=Stacked(),
+    ),
+    moe(
+        "Transposed with biases",
+        12,
+        12,
+        Routing(top_k=3, renormalize=True),
+        router="router",
+        router_bias=True,
+        names=Transposed(interleaved=True, has_bias=True),
+        activation=ClampedSwiGlu(limit=1.5),
+    ),
+    moe(
+        "Transposed in halves, with scaled inputs",
+        12,
+        12,
+        Routing(top_k=1, scoring="sigmoid"),
+        names=Transposed(),
+        scales_input=True,
+    ),
+    moe(
+        "Stacked, limited, the best of groups",
+        12,
+        12,
+        Routing(top_k=2, num_groups=3, kept_groups=2, group_score="max"),
+        experts="",
+        names=Stacked(),
+        activation=SwiGlu(limit=0.5),
+    ),
     *(mlp(axes) for axes in GROUPS),
     mlp("all", gate="mlp.gate"),
     mlp("ffn_tp", gate="mlp.gate"),
@@ -162,20 +320,53 @@ def meshes(case: Case) -> Iterator[Mesh]:
             yield mesh
 
 
-def fill(block: Block, seed: int) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=256)
+def checkpoint_tensor(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    generator = np.random.default_rng([seed, *name.encode()])
+    return torch.from_numpy(generator.normal(0, 0.5, shape)).bfloat16().float()
+
+
+def fill(block: Block, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple[int, ...]]:
     """Random weights, the same for a name on every layout; the full shapes that were named."""
     shapes: dict[str, tuple[int, ...]] = {}
     for leaf in block.leaves():
-        leaf.allocate(torch.float32, torch.device("cpu"))
+        leaf.allocate(dtype, torch.device("cpu"))
         for piece in leaf.slices():
             assert shapes.setdefault(piece.source, piece.shape) == piece.shape
-            name = np.frombuffer(piece.source.encode(), dtype=np.uint8)
-            generator = np.random.default_rng([seed, *name.tolist()])
-            full = torch.from_numpy(generator.normal(0, 0.5, piece.shape)).float()
-            piece.out.copy_(full[piece.index])
-        if hasattr(leaf, "allocate_cache"):
-            leaf.allocate_cache(16, 4, torch.float32, torch.device("cpu"))
+            full = checkpoint_tensor(seed, piece.source, piece.shape)
+            piece.out.copy_(full[piece.index] + piece.plus)
+        if isinstance(leaf, Memory):
+            leaf.allocate_cache(16, PAGE, dtype, torch.device("cpu"))
+            leaf.allocate_states(8, torch.device("cpu"))
     return shapes
+
+
+def run(
+    blocks: Sequence[Block],
+    mesh: Mesh,
+    rows: TokenRows,
+    given: Sequence[Tensor],
+    batches: Sequence[Batch],
+) -> list[Tensor]:
+    """What each rank's block gives, its inner moves carried out on simulated ranks."""
+    spec = blocks[0].spec
+    plan = RegimePlan(
+        regime=Regime(rows=len(rows.real), equal=False),
+        mesh=mesh,
+        embedding="",
+        embedding_gives=spec.variants[0].gives,
+        reads=(),
+        inner=((spec.name, spec.inner),),
+        kinds={},
+        predicted_us=0.0,
+    )
+
+    def rank_main(comm: Communicator) -> Tensor:
+        rank = comm.seat.rank
+        stream = ResidualStream(plan, comm, rows, torch.float32)
+        return blocks[rank](given[rank], batches[rank], stream.collect)
+
+    return SimWorld(mesh).run(rank_main)
 
 
 @dataclass
@@ -206,7 +397,8 @@ class Step:
         start = sum(self.held[:group])
         rows = TokenRows.of(seat.mesh, [self.real[group]], [self.held[group]])
         x = self.given[start : start + self.held[group]]
-        return block(x, self.batch(group, rows, 0))
+        (out,) = run([block], seat.mesh, rows, [x], [self.batch(group, rows, 0)])
+        return out
 
     def batch(self, group: int, rows: TokenRows, rank: int) -> Batch:
         places = [place for length in self.lengths[group] for place in range(length)]
@@ -245,17 +437,19 @@ def check(case: Case, mesh: Mesh, step: Step) -> int:
     for block in blocks:
         assert fill(block, seed=1) == step.shapes, "every rank names the same tensors"
         assert block.spec == blocks[0].spec, "every rank declares the same"
-    variants = blocks[0].spec.variants
-    for variant in variants:
+    spec = blocks[0].spec
+    batches = [
+        step.batch(rank // mesh.parallelism.attn_tp, rows, rank) for rank in range(mesh.size)
+    ]
+    for variant in spec.variants:
         # The embedding takes the ids of its attention group.
         shards = len(mesh.attn_dp) if variant.needs is None else str(variant.needs).count("S")
-        given = []
-        for rank, block in enumerate(blocks):
-            held = held_rows(mesh.axes, owner, rank, shards)
-            group = rank // mesh.parallelism.attn_tp
-            given.append(block(step.given[held], step.batch(group, rows, rank)))
-        compare(mesh, str(variant.gives), given, step.expected, owner, f"{mesh.axes} {variant}")
-    return len(variants)
+        given = [step.given[held_rows(mesh.axes, owner, r, shards)] for r in range(mesh.size)]
+        # Features that are sharded behind a block are joined by its inner moves.
+        gives = str(spec.inner[-1].after if "C" in str(variant.gives) else variant.gives)
+        out = run(blocks, mesh, rows, given, batches)
+        compare(mesh, gives, out, step.expected, owner, f"{mesh.axes} {variant}")
+    return len(spec.variants)
 
 
 def compare(
@@ -267,21 +461,110 @@ def compare(
         """Where a rank stands along the axes with some letters."""
         return tuple(at for at, held in zip(places[rank], gives, strict=True) if held in letters)
 
-    feature_ranks = sorted({among(rank, "C") for rank in range(mesh.size)})
     for rank in range(mesh.size):
-        family = [r for r in range(mesh.size) if among(r, "SCR") == among(rank, "SCR")]
+        family = [r for r in range(mesh.size) if among(r, "SR") == among(rank, "SR")]
         total = torch.stack([given[r].double() for r in family]).sum(0)
         right = expected[held_rows(mesh.axes, owner, rank, gives.count("S"))].double()
-        if "C" in gives:
-            width = given[rank].shape[1]
-            first = feature_ranks.index(among(rank, "C")) * width
-            short = max(0, len(feature_ranks) * width - right.shape[1])
-            right = torch.nn.functional.pad(right, (0, short))[:, first : first + width]
         assert total.shape == right.shape, f"{where}, rank {rank}"
         # Sums of up to 12 addends of size 1 to 30 in fp32, of which each is off by some 1e-7.
         assert torch.allclose(total, right, rtol=1e-4, atol=1e-4), f"{where}, rank {rank}"
-        copies = [r for r in range(mesh.size) if among(r, "SCP") == among(rank, "SCP")]
+        copies = [r for r in range(mesh.size) if among(r, "SP") == among(rank, "SP")]
         assert all(torch.equal(given[r], given[rank]) for r in copies), f"{where}: copies differ"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_packed_block_in_bf16_is_near_what_it_is_in_fp32(case: Case) -> None:
+    """The weights are the same: those of a checkpoint are made in bf16."""
+    step = Step(1, case)
+    seat = Seat(Mesh.of(Parallelism()), 0)
+    rows = TokenRows.of(seat.mesh, step.real, step.held)
+    block = case.build(seat)
+    fill(block, 1, torch.bfloat16)
+    for leaf in block.leaves():
+        leaf.pack()
+    given = step.given if case.takes_ids else step.given.bfloat16()
+    with torch.inference_mode():
+        (out,) = run([block], seat.mesh, rows, [given], [step.batch(0, rows, 0)])
+    off = (out.float() - step.expected).norm(dim=1) / step.expected.norm(dim=1)
+    assert off[: step.real[0]].max() < 0.03
+
+
+REMEMBERING = [
+    case
+    for case in CASES
+    # A query may see later tokens of its block, which then must be in the same step.
+    if "attn" in case.build(Seat(Mesh.of(Parallelism()), 0)).name and "by blocks" not in case.name
+]
+
+
+@pytest.mark.parametrize("tp", [1, 6])
+@pytest.mark.parametrize("case", REMEMBERING, ids=lambda case: case.name)
+def test_pieces_of_requests_give_what_whole_requests_give(case: Case, tp: int) -> None:
+    """Memories last from step to step, and padding rows leave no trace in them."""
+    whole = (7, 5)
+    pieces = ((3, 0), (1, 4), (0, 1), (3, 0))  # tokens of each request in each step
+    random = np.random.default_rng(0)
+    x = [torch.from_numpy(random.normal(0, 1, (n, HIDDEN))).float() for n in whole]
+    slots = (5, 2)
+    tables = torch.tensor([[3, 0], [1, 9]])
+
+    def step(
+        mesh: Mesh, blocks: Sequence[Block], done: Sequence[int], new: Sequence[int]
+    ) -> Tensor:
+        """The rows of a step in which some tokens of each request are new."""
+        taken = [request for request in range(2) if new[request]]
+        spans = [slice(done[r], done[r] + new[r]) for r in taken]
+        real = sum(new)
+        rows = TokenRows.of(mesh, [real], [real + 2])
+        given = torch.cat([x[r][span] for r, span in zip(taken, spans, strict=True)])
+        given = torch.cat((given, torch.full((2, HIDDEN), 9.0)))
+        places = [p for span in spans for p in range(span.start, span.stop)]
+        attention = AttentionBatch(
+            query_lens=tuple(new[r] for r in taken),
+            context_lens=tuple(span.stop for span in spans),
+            block_tables=tables[taken],
+            page_size=PAGE,
+            state_slots=tuple(slots[r] for r in taken),
+        )
+        batches = [
+            Batch(
+                ids=torch.empty(0),
+                positions=torch.tensor([*places, 0, 0]),
+                attention=attention,
+                rows=rows,
+                logits_rows=rows.select([[]]),
+                rank=rank,
+            )
+            for rank in range(mesh.size)
+        ]
+        out = run(blocks, mesh, rows, [given] * mesh.size, batches)
+        return torch.stack(out).sum(0)[:real]
+
+    def ranks(tp: int) -> tuple[Mesh, list[Block]]:
+        mesh = Mesh.of(Parallelism(tp_size=tp), case.kv_heads)
+        blocks = [case.build(Seat(mesh, rank)) for rank in range(tp)]
+        for block in blocks:
+            fill(block, seed=3)
+        return mesh, blocks
+
+    with torch.inference_mode():
+        expected = torch.split(step(*ranks(1), (0, 0), whole), whole)
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        done = [0, 0]
+        mesh, blocks = ranks(tp)
+        for new in pieces:
+            out = torch.split(step(mesh, blocks, done, new), new)
+            for request, part in enumerate(out):
+                parts[request].append(part)
+                done[request] += new[request]
+    for got, right in zip(parts, expected, strict=True):
+        torch.testing.assert_close(torch.cat(got), right, rtol=1e-4, atol=1e-4)
+
+
+def test_slopes_are_a_geometric_series_with_every_other_one_of_the_next() -> None:
+    assert slopes(1) == [2**-8]
+    assert slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert slopes(12) == [*slopes(8), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
 
 
 def test_every_block_has_a_case() -> None:
@@ -326,6 +609,10 @@ def test_shards_cover_every_weight(case: Case) -> None:
             assert mask.min() >= 1, f"{mesh.axes}: {name} is not kept whole"
 
 
+def nothing_moves(block: str, features: Tensor) -> Tensor:
+    raise AssertionError(f"{block} declares no inner moves")
+
+
 @pytest.mark.parametrize("layout", ["tp1", "tp2,ep2", "tp3", "tp6,dp2,ep6", "tp4,dp4,ep2"])
 def test_padding_rows_are_routed_nowhere(layout: str) -> None:
     mesh = Mesh.of(Parallelism.parse(layout))
@@ -334,7 +621,8 @@ def test_padding_rows_are_routed_nowhere(layout: str) -> None:
     rows = TokenRows.of(mesh, real, held)
     is_padding = np.concatenate([np.arange(h) >= r for r, h in zip(real, held, strict=True)])
     for rank in range(mesh.size):
-        block = moe(24, 12, 24, renormalize=True).build(Seat(mesh, rank))  # all experts chosen
+        every = Routing(top_k=24, renormalize=True)
+        block = moe("of which all are chosen", 24, 12, every).build(Seat(mesh, rank))
         fill(block, seed=2)
         assert isinstance(block, SparseMoe)
         batch = Batch(
@@ -354,7 +642,7 @@ def test_padding_rows_are_routed_nowhere(layout: str) -> None:
         for row in local[~is_padding].tolist():
             mine = range(owned * share, (owned + 1) * share)
             assert row == [e - mine.start if e in mine else -1 for e in range(24)]
-        given = block(x, batch)
+        given = block(x, batch, nothing_moves)
         assert (given[is_padding] == 0).all()
         assert (given[~is_padding] != 0).any(dim=1).all()
 
@@ -369,8 +657,11 @@ def test_padding_rows_are_routed_nowhere(layout: str) -> None:
             attention(num_heads=12, num_kv_heads=4),
             "attn_tp=6 is no multiple of 4 KV heads",
         ),
-        ("tp5,ep5", moe(24, 12, 3, True).build, "5 does not divide 24 experts"),
-        ("tp5", moe(24, 12, 3, True).build, "5 does not divide 12 columns of an expert"),
+        ("tp5", latent(7).build, "5 does not divide 12 attention heads"),
+        ("tp5", lightning().build, "5 does not divide 24 attention heads"),
+        ("tp8", lightning().build, "8 does not divide 12 groups of the linear attention's norm"),
+        ("tp5,ep5", moe("", 24, 12, Routing(top_k=3)).build, "5 does not divide 24 experts"),
+        ("tp5", moe("", 24, 12, Routing(top_k=3)).build, "5 does not divide 12 columns"),
         ("tp5", mlp("all").build, "5 does not divide 24 columns of the dense FFN"),
     ],
 )
@@ -384,6 +675,64 @@ def test_sizes_that_do_not_split_are_refused_with_the_numbers(
     assert message in str(refused.value)
 
 
+def test_experts_are_the_same_however_they_are_stored() -> None:
+    torch.manual_seed(0)
+    experts, width, hidden = 4, 6, 5
+    gate, up = torch.randn(2, experts, width, hidden)
+    down = torch.randn(experts, hidden, width)
+    gate_bias, up_bias = torch.randn(2, experts, width)
+    turns = (
+        torch.stack((gate, up), 2).flatten(1, 2),
+        torch.stack((gate_bias, up_bias), 2).flatten(1),
+    )
+    halves = torch.cat((gate, up), 1), torch.cat((gate_bias, up_bias), 1)
+    stored: list[tuple[ExpertNames, dict[str, Tensor]]] = [
+        (
+            PerExpert(gate="w1", up="w3", down="w2"),
+            {
+                f"mlp.{expert}.{name}.weight": weight[expert]
+                for expert in range(experts)
+                for name, weight in (("w1", gate), ("w3", up), ("w2", down))
+            },
+        ),
+        (
+            Stacked(suffix=""),
+            {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down},
+        ),
+        *(
+            (
+                Transposed(interleaved=both is turns, has_bias=True),
+                {
+                    "mlp.gate_up_proj": both[0].transpose(1, 2),
+                    "mlp.gate_up_proj_bias": both[1],
+                    "mlp.down_proj": down.transpose(1, 2),
+                    "mlp.down_proj_bias": down[:, :, 0],
+                },
+            )
+            for both in (halves, turns)
+        ),
+    ]
+    for names, tensors in stored:
+        for here in (True, False):
+            # Experts 1 and 2 of this rank, and columns 2 to 4 of each.
+            leaf = ExpertWeights(
+                "mlp", experts, hidden, width, (1, 3), (2, 5), names, bias_here=here
+            )
+            leaf.allocate(torch.float32, torch.device("cpu"))
+            found = list(leaf.slices())
+            assert {piece.source for piece in found} == set(tensors)
+            for piece in found:
+                assert piece.shape == tensors[piece.source].shape
+                piece.out.copy_(tensors[piece.source][piece.index])
+            assert torch.equal(leaf.gate_up, torch.cat((gate[1:3, 2:5], up[1:3, 2:5]), 1))
+            assert torch.equal(leaf.down, down[1:3, :, 2:5])
+            assert names.has_bias == (leaf.form.gate_up_bias is not None)
+            if leaf.form.gate_up_bias is not None and leaf.form.down_bias is not None:
+                biases = torch.cat((gate_bias[1:3, 2:5], up_bias[1:3, 2:5]), 1)
+                assert torch.equal(leaf.form.gate_up_bias, biases)
+                assert torch.equal(leaf.form.down_bias, down[1:3, :, 0] * here)
+
+
 def test_a_norm_has_no_placement_and_keeps_its_shape() -> None:
     norm = RMSNorm("norm", HIDDEN, 1e-6)
     norm.allocate(torch.float32, torch.device("cpu"))
@@ -391,10 +740,3 @@ def test_a_norm_has_no_placement_and_keeps_its_shape() -> None:
     assert (piece.source, piece.shape) == ("norm.weight", (HIDDEN,))
     assert norm(torch.randn(0, HIDDEN)).shape == (0, HIDDEN)
     assert not hasattr(norm, "spec")
-
-
-def test_trim_drops_the_vocabulary_s_padding() -> None:
-    seat = Seat(Mesh.of(Parallelism(tp_size=3)), 0)
-    block = head(None).build(seat)
-    assert isinstance(block, LmHead)
-    assert block.trim(torch.zeros(2, 39)).shape == (2, VOCABULARY)

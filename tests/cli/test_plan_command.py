@@ -70,6 +70,63 @@ def test_the_table_names_blocks_moves_and_what_they_beat(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "words", "weights", "kv", "state"),
+    [
+        # 46,702,792,704 parameters; 32 layers of 8 KV heads of 128 dims
+        ("mixtral-8x7b", (), 2 * 46_702_792_704, 32 * 2 * 8 * 128 * 2, 0),
+        # 4 KV heads, which ranks beyond the fourth hold copies of
+        ("qwen3-30b-a3b", ("--tp", "4"), None, 48 * 2 * 1 * 128 * 2, 0),
+        ("qwen3-30b-a3b", ("--tp", "8"), None, 48 * 2 * 1 * 128 * 2, 0),
+        # latents are on every rank; 671 B parameters, the routers' in fp32
+        (
+            "deepseek-v3",
+            (),
+            2 * (671_026_404_352 + 58 * 256 * 7168) + 58 * 256 * 4,
+            61 * (512 + 64) * 2,
+            0,
+        ),
+        # of 20 layers, 4 of softmax attention with 4 KV heads and 16 linear ones with 16 heads
+        ("ring-mini-linear-2.0", ("--tp", "2"), None, 4 * 2 * 2 * 128 * 2, 16 * 8 * 128 * 128 * 4),
+    ],
+)
+def test_memory_of_a_rank_is_that_of_the_published_shapes(
+    plan: Plan, name: str, words: tuple[str, ...], weights: int | None, kv: int, state: int
+) -> None:
+    shown = document(plan, "--model-path", str(CONFIGS / f"{name}.json"), "--rows", "1", *words)
+    memory = shown["memory"]
+    assert memory["dtype"] == "bfloat16"
+    assert weights in (None, memory["weight_bytes"])
+    assert (memory["kv_bytes_per_token"], memory["state_bytes_per_request"]) == (kv, state)
+
+
+def test_a_rank_keeps_a_sixteenth_of_the_experts_and_all_of_the_attention(plan: Plan) -> None:
+    words = ("--model-path", str(CONFIGS / "deepseek-v3.json"), "--rows", "1")
+    one = document(plan, *words)["memory"]
+    split = ("--tp", "16", "--attn-dp-size", "16", "--ep", "16")
+    many = document(plan, *words, *split)["memory"]
+    experts = 2 * 58 * 256 * 3 * 7168 * 2048
+    assert one["weight_bytes"] - experts < 16 * (many["weight_bytes"] - experts // 16)
+    assert experts // 16 < many["weight_bytes"] < experts // 16 + (one["weight_bytes"] - experts)
+    assert many["kv_bytes_per_token"] == one["kv_bytes_per_token"]
+    code, out, _ = plan(*words, *split)
+    assert code == 0
+    assert "memory of a rank: 107 GB of weights, 70.3 kB of KV cache a token (bfloat16)" in out
+
+
+def test_memory_is_in_the_dtype_of_the_config(plan: Plan, tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "mixtral-8x7b.json").read_text())
+    found = []
+    for name in ("bfloat16", "float32", "no such"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": name}))
+        found.append(plan("--model-path", str(tmp_path), "--rows", "1", "--json"))
+    half, full = (json.loads(out)["memory"] for _, out, _ in found[:2])
+    assert full["weight_bytes"] == 2 * half["weight_bytes"]
+    code, _, errors = found[2]
+    assert code == 2
+    assert "dtype 'no such'" in errors
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--tp", "6"), "6 does not divide 8 attention heads; what would work: --tp-size 4 or 8"),

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import gpu_interpreter  # noqa: F401 - first of all
+from families import bailing_moe_linear, deepseek_v2, glm4_moe, gpt_oss, llama4, mimo_v2_flash
+from families.case import Case
+from gpu_families import check_answers, family_cases
 from gpu_support import ON_GPU
 from isomoe.engine import LLM, RequestOutput, SamplingParams
 from isomoe.engine.executor import LocalExecutor
@@ -82,3 +85,33 @@ def test_the_kernels_of_a_gpu_give_the_plain_ones_answers(
         assert scores(one) == [
             (token, pytest.approx(logprob, abs=1e-4)) for token, logprob in scores(other)
         ]
+
+
+FEW: list[Case] = [
+    *gpt_oss.CASES[:1],
+    *llama4.CASES[:1],
+    *mimo_v2_flash.CASES[:1],
+    *deepseek_v2.CASES[:1],
+    *bailing_moe_linear.CASES[:1],
+    *glm4_moe.CASES[:1],
+]
+"""Windows with sinks and biases; chunks; values of other dims; latents; states; partial rope."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=case.name) for case in FEW),
+        *(
+            pytest.param(case, id=case.name, marks=pytest.mark.slow)
+            for case in family_cases()
+            if case not in FEW and case.family not in ("llada2", "sdar_moe")  # refused on GPUs
+        ),
+    ],
+)
+def test_a_family_answers_as_its_oracle_does(
+    case: Case, tmp_path: Path, on_triton: Callable[[], str]
+) -> None:
+    oracle = case.save(tmp_path)
+    with llm(tmp_path, on_triton()) as engine:
+        check_answers(engine, oracle, most=1e-3)

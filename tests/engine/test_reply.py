@@ -38,7 +38,7 @@ def replied(
     deltas = []
     for place, token in enumerate(token_ids):
         last = place == len(token_ids) - 1
-        deltas.append(reply.take(Update(0, token, reason if last else None)))
+        deltas.append(reply.take(Update(0, (token,), reason if last else None)))
         assert reply.finish_reason is deltas[-1].finish_reason
         if reply.finish_reason is not None:
             break

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from isomoe.engine.outputs import FinishReason
 from isomoe.engine.sampling_params import SamplingParams
 from isomoe.engine.scheduler import Limits, Scheduler
-from isomoe.engine.step import GroupStep, Request, Schedule, Step
+from isomoe.engine.step import GroupOutput, GroupStep, Request, Schedule, Step
 from isomoe.errors import RequestError
 
 STOP_TOKEN = 7
@@ -210,9 +210,10 @@ class Replica:
         return sampled
 
     def update(self, step: Step, sampled: list[list[int]]) -> None:
-        for advance in [a for part in self.scheduler.update(step, sampled) for a in part]:
-            if advance.token_id is not None:
-                self.outputs.setdefault(advance.request_id, []).append(advance.token_id)
+        outputs = [GroupOutput(token_ids=tokens) for tokens in sampled]
+        for advance in [a for part in self.scheduler.update(step, outputs) for a in part]:
+            if advance.token_ids:
+                self.outputs.setdefault(advance.request_id, []).extend(advance.token_ids)
             self.cached[advance.request_id] = (
                 self.cached.get(advance.request_id, 0) + advance.cached_tokens
             )

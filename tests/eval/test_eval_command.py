@@ -59,7 +59,7 @@ def test_shown_problems_are_not_scored_and_a_gate_fails(
         (("--task", "arith", "--limit", "0"), "--limit 0: must be at least 1"),
         (("--task", "arith", "--num-fewshot", "3"), "nothing is left to score"),
         (("--task", "arith", "--min-accuracy", "95"), "--min-accuracy 95.0: must be from 0 to 1"),
-        (("--task", "arith", "--inject", "expert-unowned"), "the engine can run double-reduce"),
+        (("--task", "arith", "--inject", "rank-decides"), "the engine can run double-reduce"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2(

@@ -6,15 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from isomoe.kernels import experts as experts_module
 from isomoe.kernels import (
+    ClampedSwiGlu,
+    ExpertForm,
+    Routing,
+    SwiGlu,
+    choose,
     fused_experts,
     linear,
     pack_experts,
     pack_linear,
     packed_experts,
-    topk_softmax,
+    route,
 )
+from isomoe.kernels import experts as experts_module
 
 
 def reference_topk(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -33,10 +38,10 @@ def reference_topk(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, T
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 33])
-def test_topk_softmax_is_the_reference(rows: int, dtype: torch.dtype, renormalize: bool) -> None:
+def test_softmax_routing_is_the_reference(rows: int, dtype: torch.dtype, renormalize: bool) -> None:
     torch.manual_seed(0)
     logits = torch.randn(rows, 16).to(dtype)
-    weights, ids = topk_softmax(logits, 4, renormalize)
+    weights, ids = choose(logits, Routing(top_k=4, renormalize=renormalize))
     expected_weights, expected_ids = reference_topk(logits, 4, renormalize)
     assert weights.dtype == torch.float32
     assert ids.dtype == torch.int64
@@ -48,22 +53,154 @@ def test_topk_softmax_is_the_reference(rows: int, dtype: torch.dtype, renormaliz
 def test_ties_go_to_the_lower_expert(num_experts: int) -> None:
     torch.manual_seed(0)
     logits = torch.randint(0, 3, (50, num_experts)).float()
-    _, ids = topk_softmax(logits, 6, True)
+    _, ids = choose(logits, Routing(top_k=6, renormalize=True))
     assert torch.equal(ids, reference_topk(logits, 6, True)[1])
 
 
+def reference_choice(
+    logits: Tensor, routing: Routing, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rule of the models, in words of one row: scores, choices, groups, weights."""
+    weights = torch.zeros(len(logits), routing.top_k, dtype=torch.float64)
+    ids = torch.zeros(len(logits), routing.top_k, dtype=torch.int64)
+    for row, values in enumerate(logits.double().tolist()):
+        experts = range(len(values))
+        if routing.scoring == "softmax":
+            total = sum(math.exp(value) for value in values)
+            scores = [math.exp(value) / total for value in values]
+        else:
+            scores = [1 / (1 + math.exp(-value)) for value in values]
+        choice = list(scores) if bias is None else [scores[e] + float(bias[e]) for e in experts]
+        size = len(values) // routing.num_groups
+
+        def group_score(group: int, choice: list[float] = choice, size: int = size) -> float:
+            best = sorted(choice[group * size : (group + 1) * size], reverse=True)
+            return best[0] if routing.group_score == "max" else best[0] + best[1]
+
+        groups = range(routing.num_groups)
+        if routing.num_groups > 1:
+            groups = sorted(groups, key=lambda g: (-group_score(g), g))[: routing.kept_groups]
+        allowed = [expert for expert in experts if expert // size in groups]
+        chosen = sorted(allowed, key=lambda e: (-choice[e], e))[: routing.top_k]
+        total = sum(scores[e] for e in chosen) if routing.renormalize else 1.0
+        for column, expert in enumerate(chosen):
+            weights[row, column] = scores[expert] / total * routing.scale
+            ids[row, column] = expert
+    return weights, ids
+
+
+ROUTINGS = [
+    Routing(top_k=4, scoring="sigmoid"),
+    Routing(top_k=4, scoring="sigmoid", renormalize=True, scale=2.5),
+    Routing(top_k=4, scale=16.0),
+    Routing(top_k=4, renormalize=True, scale=3.0),
+    Routing(top_k=1, scoring="sigmoid"),
+    *(
+        Routing(
+            top_k=4,
+            scoring=scoring,
+            renormalize=renormalize,
+            scale=1.5,
+            num_groups=groups,
+            kept_groups=kept,
+            group_score=score,
+        )
+        for scoring, renormalize in (("sigmoid", True), ("softmax", False))
+        for groups, kept in ((4, 2), (8, 3), (2, 1), (4, 4))
+        for score in ("max", "top2")
+    ),
+]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+def test_routing_is_the_reference(routing: Routing, has_bias: bool) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(40, 16)
+    bias = 0.3 * torch.randn(16) if has_bias else None
+    weights, ids = choose(logits, routing, bias)
+    expected_weights, expected_ids = reference_choice(logits, routing, bias)
+    assert weights.dtype == torch.float32
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-7)
+    assert choose(logits[:0], routing, bias)[1].shape == (0, routing.top_k)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+def test_equal_scores_go_to_the_lower_group_and_expert(routing: Routing) -> None:
+    torch.manual_seed(2)
+    # Whole groups tie, and sums of two of these scores are equal only if both are.
+    logits = torch.tensor([0.0, 1.0, 2.5])[torch.randint(0, 3, (60, 16))]
+    logits[:5] = 1.0
+    _, ids = choose(logits, routing)
+    assert torch.equal(ids, reference_choice(logits, routing)[1])
+    if routing.num_groups == 1:
+        bias = torch.tensor([0.0, 0.25])[torch.randint(0, 2, (16,))]
+        assert torch.equal(
+            choose(logits, routing, bias)[1], reference_choice(logits, routing, bias)[1]
+        )
+
+
+def test_the_bias_sways_the_choice_and_not_the_weights() -> None:
+    logits = torch.zeros(1, 4)
+    weights, ids = choose(
+        logits, Routing(top_k=2, scoring="sigmoid"), torch.tensor([-9.0, 0.0, 0.5, 0.25])
+    )
+    assert ids.tolist() == [[2, 3]]
+    assert weights.tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("routing", [ROUTINGS[1], ROUTINGS[5]], ids=str)
+def test_route_numbers_a_rank_s_experts_and_drops_the_others(routing: Routing) -> None:
+    torch.manual_seed(3)
+    logits, bias = torch.randn(9, 16), torch.randn(16)
+    real = torch.arange(9) != 4
+    all_weights, all_ids = choose(logits, routing, bias)
+    for first, stop in ((0, 16), (0, 4), (4, 12), (12, 16)):
+        weights, ids = route(logits, routing, bias, first, stop, real)
+        assert torch.equal(weights, all_weights)
+        for row in range(9):
+            for column in range(routing.top_k):
+                expert = int(all_ids[row, column])
+                here = first <= expert < stop and row != 4
+                assert int(ids[row, column]) == (expert - first if here else -1)
+
+
 def reference_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    form: ExpertForm | None = None,
 ) -> Tensor:
+    form = form or ExpertForm()
     out = torch.zeros(x.shape, dtype=torch.float64)
     for row in range(x.shape[0]):
         for expert, weight in zip(topk_ids[row].tolist(), topk_weights[row].tolist(), strict=True):
             if expert < 0:
                 continue
-            gate, up = (gate_up[expert].double() @ x[row].double()).chunk(2)
-            gated = gate / (1 + torch.exp(-gate)) * up
-            out[row] += weight * (down[expert].double() @ gated)
+            before, behind = (weight, 1.0) if form.scales_input else (1.0, weight)
+            inner = gate_up[expert].double() @ (x[row].double() * before)
+            if form.gate_up_bias is not None:
+                inner += form.gate_up_bias[expert].double()
+            result = down[expert].double() @ reference_gated(*inner.chunk(2), form)
+            if form.down_bias is not None:
+                result += form.down_bias[expert].double()
+            out[row] += behind * result
     return out
+
+
+def reference_gated(gate: Tensor, up: Tensor, form: ExpertForm) -> Tensor:
+    activation = form.activation
+    if isinstance(activation, ClampedSwiGlu):
+        gate = gate.clamp(max=activation.limit)
+        up = up.clamp(-activation.limit, activation.limit)
+        return gate / (1 + torch.exp(-activation.alpha * gate)) * (up + 1)
+    silu = gate / (1 + torch.exp(-gate))
+    if activation.limit is not None:
+        silu, up = silu.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return silu * up
 
 
 def make(
@@ -109,6 +246,64 @@ def test_experts_are_the_reference(
     packed = packed_experts(x, pack_experts(gate_up, down), ids, weights)
     assert packed.dtype == torch.float32
     torch.testing.assert_close(packed.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def form_of(name: str, gate_up: Tensor, down: Tensor) -> ExpertForm:
+    """One of the forms, with random biases in the weights' dtype."""
+    generator = torch.Generator().manual_seed(5)
+
+    def bias(weight: Tensor) -> Tensor:
+        return torch.randn(*weight.shape[:2], generator=generator).to(weight.dtype)
+
+    match name:
+        case "clamped with biases":
+            return ExpertForm(
+                activation=ClampedSwiGlu(limit=1.0),
+                gate_up_bias=bias(gate_up),
+                down_bias=bias(down),
+            )
+        case "limited":
+            return ExpertForm(activation=SwiGlu(limit=0.3))
+        case "scales its input":
+            return ExpertForm(scales_input=True)
+        case "a bias above":
+            return ExpertForm(gate_up_bias=bias(gate_up))
+        case "scales its input, with a bias below":
+            return ExpertForm(scales_input=True, down_bias=bias(down))
+    raise AssertionError(name)
+
+
+FORMS = [
+    "clamped with biases",
+    "limited",
+    "scales its input",
+    "a bias above",
+    "scales its input, with a bias below",
+]
+
+
+@pytest.mark.parametrize("absent", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "experts", "top_k"), [(0, 8, 2), (1, 8, 3), (3, 64, 3), (16, 8, 4), (31, 6, 1)]
+)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_experts_is_the_reference(
+    name: str, rows: int, experts: int, top_k: int, dtype: torch.dtype, absent: float
+) -> None:
+    x, gate_up, down, ids, weights = make(rows, experts, top_k, dtype, absent)
+    form = form_of(name, gate_up, down)
+    assert not form.is_plain
+    expected = reference_experts(x, gate_up, down, ids, weights, form)
+    tolerance = 0.04 if dtype == torch.bfloat16 else 1e-5
+    before = x.clone()
+    for out in (
+        fused_experts(x, gate_up, down, ids, weights, form),
+        packed_experts(x, pack_experts(gate_up, down, joined=False), ids, weights, form),
+    ):
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.usefixtures("weight_size")

@@ -21,6 +21,7 @@ from isomoe.layout import (
     Parallelism,
     Placement,
     Plan,
+    Planner,
     ReadSpec,
     Regime,
     RegimePlan,
@@ -191,6 +192,36 @@ def expert_moves(bound: RegimePlan) -> tuple[list[str], list[str]]:
     settles = next(s for r in bound.reads for s in r.settles if "0.experts" in s.producers)
     fed = next(d for r in bound.reads for d in r.deliveries if d.consumer == "0.experts")
     return [str(m.op) for m in settles.route.moves], [str(m.op) for m in fed.route.moves]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_choices_have_one_key_if_and_only_if_they_make_the_same_moves(layout: Parallelism) -> None:
+    chain = model(Mesh.of(layout), layers=2)
+    named = [replace(read, name=f"another {read.name}") for read in chain.reads]
+    wider = replace(chain, reads=tuple(named), hidden_size=16 * HIDDEN)
+    found: dict[object, set[object]] = {}
+    for planner in (Planner(chain), Planner(wider)):
+        for machine, regime in product(MACHINES.values(), regimes(chain.mesh)):
+            choice = planner.choose(machine, regime)
+            bound = choice.bind()
+            assert bound.regime == regime
+            found.setdefault(choice.key, set()).add((regime.equal, bound.signature))
+    does = [one for alike in found.values() for one in alike]
+    assert all(len(alike) == 1 for alike in found.values())
+    assert len(does) == len(set(does))
+
+
+def test_choices_of_blocks_that_move_something_inside_are_told_apart() -> None:
+    chain = model(Mesh.of(Parallelism(tp_size=4)))
+    *reads, last = chain.reads
+    (head,) = last.consumers
+    bare = replace(last, consumers=(replace(head, inner=()),))
+    regime = regimes(chain.mesh)[0]
+    one, other = (
+        Planner(c).choose(MACHINES["cpu"], regime).key
+        for c in (chain, replace(chain, reads=(*reads, bare)))
+    )
+    assert one != other
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)

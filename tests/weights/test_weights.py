@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import isomoe.weights.load
+import isomoe.weights.files
 from isomoe.blocks import WeightSlice
 from isomoe.errors import CheckpointError
 from isomoe.layout import Parallelism
@@ -125,23 +124,24 @@ def test_a_rank_reads_only_its_slices(
     layout: str, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: dict[str, int] = defaultdict(int)
-    real = isomoe.weights.load.safe_open
+    real = isomoe.weights.files.safe_open
 
-    @contextmanager
-    def counting(*args: Any, **kwargs: Any) -> Iterator[Counting]:
-        with real(*args, **kwargs) as file:
-            yield Counting(file, read)
+    def counting(*args: Any, **kwargs: Any) -> Counting:
+        return Counting(real(*args, **kwargs), read)
 
-    monkeypatch.setattr(isomoe.weights.load, "safe_open", counting)
+    monkeypatch.setattr(isomoe.weights.files, "safe_open", counting)
     p = Parallelism.parse(layout)
     for rank in range(p.tp_size):
         read.clear()
-        model = loaded(sharded, layout, rank)
+        model = allocated(sharded, layout, rank)
+        report = load_safetensors(sharded, model.weight_slices(), model.ignores)
         kept: dict[str, int] = defaultdict(int)
         for piece in model.weight_slices():
             kept[piece.source] += piece.out.numel()
         assert sum(read.values()) > 0
         assert dict(read) == {name: n for name, n in kept.items() if n}
+        assert report.bytes_read == {name: 4 * n for name, n in read.items()}  # fp32
+        assert report.total_bytes == 4 * sum(read.values())
         expert = {n: v for n, v in read.items() if ".mlp.experts." in n}
         whole = {n: v.numel() for n, v in tensors_in(sharded).items() if ".mlp.experts." in n}
         assert sum(expert.values()) * p.tp_size == sum(whole.values())
@@ -176,6 +176,17 @@ def test_everything_that_is_wrong_is_said_in_one_error(single: Path) -> None:
     ):
         assert fault in message
     assert message.startswith(f"{single}: ")
+
+
+def test_nothing_is_filled_from_a_checkpoint_with_a_fault(single: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.norm.weight"]
+
+    spoil(single, change)
+    model = allocated(single, "tp1")
+    with pytest.raises(CheckpointError, match=r"missing model\.norm\.weight"):
+        load_safetensors(single, model.weight_slices(), model.ignores)
+    assert all(piece.out.isnan().all() for piece in model.weight_slices())
 
 
 @pytest.mark.parametrize("rank", range(4))
@@ -298,6 +309,19 @@ def test_dummy_weights_depend_on_seed_and_name_and_have_the_right_size(sharded: 
         assert abs((weight - centre).std() - 0.02) < slack
     queries = [w for name, w in first.items() if name.endswith("q_proj.weight")]
     assert not torch.equal(queries[0], queries[1])
+
+
+def test_dummy_norms_are_near_one_whether_kept_less_one_or_not() -> None:
+    plain, zero_centred, bias = torch.zeros(400), torch.zeros(400), torch.zeros(400)
+    pieces = [
+        WeightSlice("a.weight", (400,), (slice(None),), plain),
+        WeightSlice("a.weight", (400,), (slice(None),), zero_centred, plus=1.0),
+        WeightSlice("a.bias", (400,), (slice(None),), bias),
+    ]
+    load_dummy(pieces, seed=0)
+    assert torch.equal(plain, zero_centred)
+    assert abs(plain.mean() - 1) < 0.005
+    assert abs(bias.mean()) < 0.005
 
 
 def test_the_bundled_checkpoint_is_the_default() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from isomoe.bench.device import DeviceLimits
-from isomoe.blocks import Attention, ExpertWeights, Leaf, SparseMoe
+from isomoe.blocks import ExpertWeights, Leaf, Memory, SparseMoe
 from isomoe.layout import Parallelism
 from isomoe.models import HFConfig, build
 
@@ -112,16 +112,16 @@ class ModelCounts:
         kv_values = pair_flops = 0
         for layer in model.layers:
             attention += _parameters(layer.attn.leaves())
-            assert isinstance(layer.attn, Attention)
-            core = layer.attn.core
-            kv_values += 2 * core.num_kv_heads * core.head_dim
-            pair_flops += 4 * core.num_heads * core.head_dim
+            for leaf in layer.attn.leaves():
+                if isinstance(leaf, Memory):
+                    kv_values += leaf.cache_bytes_per_token(dtype) // dtype.itemsize
+                    pair_flops += leaf.pair_flops()
             for block in layer.ffn:
                 if not isinstance(block, SparseMoe):
                     dense += _parameters(block.leaves())
                     continue
                 sparse_layers += 1
-                num_experts, top_k = block.num_experts, block.top_k
+                num_experts, top_k = block.num_experts, block.routing.top_k
                 for leaf in block.leaves():
                     if isinstance(leaf, ExpertWeights):
                         expert = _parameters([leaf]) // num_experts

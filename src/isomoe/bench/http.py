@@ -7,9 +7,10 @@ redirects and compression are left out.
 import asyncio
 import json
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from http import HTTPStatus
 from typing import Self, cast
 from urllib.parse import urlsplit
@@ -78,10 +79,12 @@ class Response:
     Attributes:
         status: of HTTP.
         body: all of it; empty where a sink took it.
+        headers: by name in lower case; of a repeated one the last.
     """
 
     status: int
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def json(self) -> object:
         """The body, parsed; None if it is no JSON."""
@@ -122,11 +125,13 @@ class ResponseReader:
 
     Attributes:
         status: of HTTP; 0 until the head is there.
+        headers: by name in lower case, from then on.
         can_reuse: whether the connection is good for another exchange.
     """
 
     def __init__(self) -> None:
         self.status = 0
+        self.headers: dict[str, str] = {}
         self.can_reuse = True
         self._part = _Part.HEAD
         self._rest = b""
@@ -215,7 +220,7 @@ class ResponseReader:
         if code.startswith("1"):  # an interim answer; the real one follows
             return
         self.status = int(code)
-        headers = dict(_header(line) for line in lines)
+        headers = self.headers = dict(_header(line) for line in lines)
         connection = headers.get("connection", "").lower()
         self.can_reuse = connection == "keep-alive" or (version == "HTTP/1.1" and not connection)
         encoding = headers.get("transfer-encoding")
@@ -251,9 +256,14 @@ def _chunk_size(line: bytes) -> int:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, for one exchange at a time."""
+    """One connection, for one exchange at a time.
 
-    def __init__(self) -> None:
+    Args:
+        max_body_bytes: a longer body breaks the exchange off; None takes any.
+    """
+
+    def __init__(self, max_body_bytes: int | None = None) -> None:
+        self._max_body_bytes = max_body_bytes
         self.is_open = False
         self.answered = False
         self._transport: asyncio.Transport | None = None
@@ -285,7 +295,7 @@ class _Connection(asyncio.Protocol):
             self._reader = self._sink = self._end = None
         if not reader.can_reuse:
             self.abort()
-        return Response(status=reader.status, body=bytes(self._body))
+        return Response(status=reader.status, body=bytes(self._body), headers=reader.headers)
 
     def abort(self) -> None:
         """Closes the connection at once."""
@@ -309,12 +319,18 @@ class _Connection(asyncio.Protocol):
                 if self._sink is not None and reader.status == HTTPStatus.OK:
                     self._sink(body)
                 else:
-                    self._body += body
+                    self._keep(body)
         except ResponseError as error:
             self._finish(error)
         else:
             if reader.is_done:
                 self._finish(None)
+
+    def _keep(self, body: bytes) -> None:
+        self._body += body
+        most = self._max_body_bytes
+        if most is not None and len(self._body) > most:
+            raise ResponseError(f"the body has more than {most} bytes")
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
@@ -342,10 +358,12 @@ class HttpClient:
     Attributes:
         url: of the server.
         api_key: sent as a bearer token, where there is one.
+        max_body_bytes: a longer body that no sink takes is an error; None takes any.
     """
 
     url: Url
     api_key: str | None = field(default=None, repr=False)
+    max_body_bytes: int | None = None
     _idle: list[_Connection] = field(default_factory=list)
     _tls: ssl.SSLContext | None = None
 
@@ -384,7 +402,7 @@ class HttpClient:
         lines = [
             f"{method} {self.url.path}{path} HTTP/1.1",
             f"Host: {str(self.url).removesuffix(self.url.path).partition('//')[2]}",
-            "User-Agent: isomoe-bench",
+            "User-Agent: isomoe",
             "Accept-Encoding: identity",
         ]
         if self.api_key is not None:
@@ -411,6 +429,6 @@ class HttpClient:
 
     async def _connect(self) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(
-            _Connection, self.url.host, self.url.port, ssl=self._tls
+            partial(_Connection, self.max_body_bytes), self.url.host, self.url.port, ssl=self._tls
         )
         return connection

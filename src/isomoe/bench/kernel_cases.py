@@ -14,7 +14,16 @@ from torch import Tensor
 
 from isomoe.blocks import Attention, SparseMoe
 from isomoe.errors import ConfigError
-from isomoe.kernels import AttentionBatch, rms_norm, rope_table, rotate
+from isomoe.kernels import (
+    AttentionBatch,
+    Heads,
+    Routing,
+    rms_norm,
+    rope_table,
+    rotate,
+    route,
+    split_heads,
+)
 from isomoe.kernels import attention as plain_attention
 from isomoe.kernels import experts as plain_experts
 from isomoe.kernels import norm as plain_norm
@@ -57,19 +66,21 @@ class Sizes:
             ConfigError: if no family runs it, or it has no experts.
         """
         model = build(config, Parallelism())
-        core = next(iter(model.attention_cores()))
+        attn = model.layers[0].attn
+        if not isinstance(attn, Attention):
+            raise ConfigError("kernels are measured on models with grouped-query attention")
+        core = attn.core
         blocks = [block for layer in model.layers for block in layer.ffn]
         moe = next((block for block in blocks if isinstance(block, SparseMoe)), None)
-        assert isinstance(model.layers[0].attn, Attention)
         if moe is None:
             raise ConfigError("config.json: the model has no experts; kernels are measured on MoEs")
         return cls(
             hidden=config["hidden_size"],
-            heads=core.num_heads,
-            kv_heads=core.num_kv_heads,
-            head_dim=core.head_dim,
+            heads=core.heads.query,
+            kv_heads=core.heads.kv,
+            head_dim=core.heads.qk_dim,
             experts=moe.num_experts,
-            top_k=moe.top_k,
+            top_k=moe.routing.top_k,
             width=moe.experts.intermediate_size,
             vocab=config["vocab_size"],
         )
@@ -199,10 +210,9 @@ def _linear(outputs: Callable[[Sizes], int], inputs: Callable[[Sizes], int]) -> 
 
 
 def _route(at: Setting) -> Prepared:
-    from isomoe.kernels.gpu.routing import route
-
     sizes = at.sizes
-    inputs = [(at.normal(at.rows, sizes.experts), sizes.top_k, True) for _ in range(at.copies)]
+    routing = Routing(top_k=sizes.top_k, renormalize=True)
+    inputs = [(at.normal(at.rows, sizes.experts), routing) for _ in range(at.copies)]
     return Prepared(
         inputs=inputs,
         run=route,
@@ -230,7 +240,7 @@ def _experts(at: Setting, run: Run) -> Prepared:
     inputs, distinct = [], 0
     for _ in range(at.copies):
         logits = torch.randn(at.rows, sizes.experts, device=at.device)
-        weights, ids = plain_routing.route(logits, sizes.top_k, True)
+        weights, ids = plain_routing.route(logits, Routing(top_k=sizes.top_k, renormalize=True))
         distinct += int((torch.bincount(ids.flatten(), minlength=sizes.experts) > 0).sum())
         inputs.append((at.normal(at.rows, sizes.hidden), gate_up, down, ids.int(), weights))
     expert = 3 * sizes.hidden * sizes.width
@@ -266,7 +276,7 @@ def _prepare_heads(at: Setting) -> Prepared:
             longest = max(length for length, _ in paged.prefill_lens)
             cache = _cache(at, len(paged.prefill_lens), longest)
         qkv = at.normal(at.rows, (heads + 2 * kv_heads) * dim)
-        inputs.append((qkv, heads, kv_heads, norms, cos, sin, cache, paged))
+        inputs.append((qkv, _heads(sizes), norms, cos, sin, cache, paged))
     row = (heads + 2 * kv_heads) * dim
     return Prepared(
         inputs=inputs,
@@ -280,33 +290,41 @@ def _heads_with_cache(heads: Run) -> Run:
     """What was written counts as an output, too."""
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
-        return heads(*args), args[6]
+        return heads(*args), args[5]
 
     return run
 
 
 def _heads_twin(
     qkv: Tensor,
-    heads: int,
-    kv_heads: int,
+    heads: Heads,
     norms: tuple[Tensor, Tensor, float],
     cos: Tensor,
     sin: Tensor,
     cache: Tensor,
     rows: PagedRows,
 ) -> Tensor:
-    dim = cache.shape[3]
     q_weight, k_weight, eps = norms
-    split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, dim)
-    q, k, value = torch.split(split, [heads, kv_heads, kv_heads], dim=1)
+    split = split_heads(qkv, heads.query + 2 * heads.kv)
+    q, k, value = torch.split(split, [heads.query, heads.kv, heads.kv], dim=1)
     positions = rows.positions.long()
     table = cos[positions], sin[positions]
     q = rotate(rms_norm(q, q_weight, eps), *table)
     k = rotate(rms_norm(k, k_weight, eps), *table)
     pages = rows.block_tables[rows.table_rows.long(), positions // rows.page_size].long()
     slots = pages * rows.page_size + positions % rows.page_size
-    cache.flatten(0, 1).index_copy_(0, slots, torch.cat((k, value), 1))
+    cache.flatten(0, 1).index_copy_(0, slots, torch.cat((k, value), 1).flatten(1))
     return q
+
+
+def _heads(sizes: Sizes) -> Heads:
+    return Heads(
+        query=sizes.heads,
+        kv=sizes.kv_heads,
+        qk_dim=sizes.head_dim,
+        v_dim=sizes.head_dim,
+        scale=sizes.head_dim**-0.5,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -375,7 +393,7 @@ def _tables(at: Setting, requests: int, tokens: int) -> Tensor:
 
 def _cache(at: Setting, requests: int, tokens: int | None = None) -> Tensor:
     pages = requests * -(-(at.context if tokens is None else tokens) // _PAGE)
-    return at.normal(pages, _PAGE, 2 * at.sizes.kv_heads, at.sizes.head_dim)
+    return at.normal(pages, _PAGE, _heads(at.sizes).token_width)
 
 
 def _paged_attention(
@@ -383,17 +401,16 @@ def _paged_attention(
 ) -> Prepared:
     from isomoe.kernels.gpu.attention import paged_attention
 
-    sizes = at.sizes
-    scale = sizes.head_dim**-0.5
+    sizes, heads = at.sizes, _heads(at.sizes)
     queries = at.rows * sizes.heads * sizes.head_dim
     return Prepared(
         inputs=[
-            (at.normal(at.rows, sizes.heads, sizes.head_dim), cache, rows, scale)
+            (at.normal(at.rows, sizes.heads, sizes.head_dim), cache, rows, heads)
             for cache in caches
         ],
-        run=lambda q, cache, rows, scale: paged_attention(q, cache, rows.paged, scale),
-        twin=lambda q, cache, rows, scale: plain_attention.paged_attention(
-            q, cache, rows.plain, scale
+        run=lambda q, cache, rows, heads: paged_attention(q, cache, rows.paged, heads),
+        twin=lambda q, cache, rows, heads: plain_attention.paged_attention(
+            q, cache, rows.plain, heads
         ),
         num_bytes=(2 * keys * sizes.kv_heads * sizes.head_dim + 2 * queries) * at.dtype.itemsize,
         flops=4.0 * pairs * sizes.heads * sizes.head_dim,
@@ -421,14 +438,17 @@ def _library_prefill(at: Setting) -> Prepared:
     ours = _prefill_attention(at)
     rows: _Rows = ours.inputs[0][2]
     inputs = []
-    for q, cache, _, scale in ours.inputs:
-        new = cache.flatten(0, 1)[rows.plain.slots]
-        inputs.append((q, cache, rows, scale, new.chunk(2, dim=1)))
+    for q, cache, _, heads in ours.inputs:
+        tokens = cache.flatten(0, 1)[rows.plain.slots]
+        new = split_heads(tokens, 2 * heads.kv).chunk(2, dim=1)
+        inputs.append((q, cache, rows, heads, new))
     return replace(
         ours,
         inputs=inputs,
-        run=lambda q, cache, rows, scale, new: paged_attention(q, cache, rows.paged, scale, new),
-        twin=lambda q, cache, rows, scale, _: ours.twin(q, cache, rows, scale),
+        run=lambda q, cache, rows, heads, new: paged_attention(
+            q, cache, rows.paged, heads, new=new
+        ),
+        twin=lambda q, cache, rows, heads, _: ours.twin(q, cache, rows, heads),
     )
 
 

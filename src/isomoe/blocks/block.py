@@ -1,12 +1,16 @@
 """What a block is: leaves, and a declaration of the placements it takes and gives."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 from torch import Tensor
 
 from isomoe.blocks.batch import Batch
 from isomoe.blocks.leaf import Leaf
 from isomoe.layout import Axes, BlockSpec, Letter, Mesh, Variant, row_sharded
+
+Inner = Callable[[str, Tensor], Tensor]
+"""Carries out the inner moves that the named block declares, on features that it shards."""
 
 
 class Block:
@@ -18,7 +22,7 @@ class Block:
 
     spec: BlockSpec
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
         """x: [rows, hidden] in the placement it needs -> [rows, hidden] in the one it gives."""
         raise NotImplementedError(type(self).__name__)
 
@@ -38,9 +42,11 @@ def rowwise_variants(mesh: Mesh, weights: Axes) -> tuple[Variant, ...]:
     Rows may be sharded over any leading axes on which the weights are replicated; each rank then
     gives an addend for the rows it took. One variant for each number of row-sharded axes.
     """
-    free = min(weights, default=len(mesh.axes))
-    variants = []
-    for prefix in range(free + 1):
-        needs = row_sharded(prefix, len(mesh.axes))
-        variants.append(Variant(needs, needs.put(Letter.P, weights)))
-    return tuple(variants)
+    return _rowwise_variants(len(mesh.axes), weights)
+
+
+@cache
+def _rowwise_variants(axes: int, weights: Axes) -> tuple[Variant, ...]:
+    free = min(weights, default=axes)
+    needs = (row_sharded(prefix, axes) for prefix in range(free + 1))
+    return tuple(Variant(need, need.put(Letter.P, weights)) for need in needs)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isomoe.blocks.batch import Batch
-from isomoe.blocks.block import Block
+from isomoe.blocks.block import Block, Inner
 from isomoe.blocks.leaf import Leaf, WeightSlice
 from isomoe.blocks.linear import Linear, Part
 from isomoe.layout import (
@@ -69,7 +69,7 @@ class Embedding(Block):
         variants = (Variant(None, local.put(Letter.P, mesh.attn_tp)),)
         self.spec = BlockSpec(name=name, kind="embedding", variants=variants)
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
         """x: token ids [T] int64."""
         return self.lookup(x)
 
@@ -101,12 +101,9 @@ class LmHead(Block):
             inner=_to_own_rows(mesh),
         )
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.project(x)
-
-    def trim(self, logits: Tensor) -> Tensor:
-        """Drops the vocabulary's padding. logits: [rows, padded] -> [rows, vocab_size]."""
-        return logits[:, : self.vocab_size]
+    def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
+        """x: [rows, hidden] -> logits [rows of this rank's group, vocab], padding dropped."""
+        return inner(self.name, self.project(x))[:, : self.vocab_size]
 
 
 def _to_own_rows(mesh: Mesh) -> tuple[Move, ...]:

@@ -6,20 +6,23 @@ import torch
 from torch import Tensor
 
 from isomoe.blocks.batch import Batch
-from isomoe.blocks.block import Block, rowwise_variants
+from isomoe.blocks.block import Block, Inner, rowwise_variants
 from isomoe.blocks.leaf import Leaf
 from isomoe.blocks.linear import Linear, Part, RowLinear
-from isomoe.kernels import silu_and_mul
+from isomoe.kernels import SWIGLU, Activation, gated
 from isomoe.layout import Axes, BlockSpec, Seat
 
 
-class SiluAndMul(Leaf):
-    """silu(gate) * up."""
+class Gated(Leaf):
+    """Gate and up to one: what lies between the two products."""
+
+    def __init__(self, activation: Activation = SWIGLU) -> None:
+        self.activation = activation
 
     def forward(self, *args: Any) -> Tensor:
         """x: [T, 2I], gate first -> [T, I]."""
         (x,) = args
-        return silu_and_mul(x)
+        return gated(x, self.activation)
 
 
 class SigmoidGate(Linear):
@@ -39,7 +42,7 @@ class SigmoidGate(Linear):
 
 
 class GatedMLP(Block):
-    """SwiGLU feed-forward, its width sharded over `axes`; rows as the plan likes.
+    """Gated feed-forward, its width sharded over `axes`; rows as the plan likes.
 
     Source: Shazeer, GLU Variants Improve Transformer (2020).
 
@@ -58,6 +61,7 @@ class GatedMLP(Block):
         axes: Axes,
         kind: str = "dense FFN",
         gate: str | None = None,
+        activation: Activation = SWIGLU,
     ) -> None:
         first, stop = seat.shard(intermediate_size, axes, f"columns of the {kind}")
         self.gate_up = Linear(
@@ -67,11 +71,11 @@ class GatedMLP(Block):
             ],
             hidden_size,
         )
-        self.activation = SiluAndMul()
+        self.activation = Gated(activation)
         self.down = RowLinear(f"{name}.down_proj", hidden_size, intermediate_size, (first, stop))
         self.gate = SigmoidGate([Part(gate, 1, 0, 1)], hidden_size) if gate else None
         self.spec = BlockSpec(name=name, kind=kind, variants=rowwise_variants(seat.mesh, axes))
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
         out = self.down(self.activation(self.gate_up(x)))
         return out if self.gate is None else self.gate(x, out)

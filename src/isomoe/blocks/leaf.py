@@ -15,14 +15,16 @@ class WeightSlice:
     Attributes:
         source: the tensor's name in the checkpoint.
         shape: its full shape.
-        index: one slice for each dim of it.
-        out: the view to fill; its shape is that of the slice.
+        index: one slice for each dim of it; steps may be more than 1.
+        out: the view to fill, transposed or not; its shape is that of the slice.
+        plus: added in fp32 to what is read, such as the one that zero-centred norms lack.
     """
 
     source: str
     shape: tuple[int, ...]
     index: tuple[slice, ...]
     out: Tensor
+    plus: float = 0.0
 
     def nothing(self) -> "WeightSlice":
         """The same tensor of the checkpoint, of which this rank keeps nothing."""

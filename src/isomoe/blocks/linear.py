@@ -112,7 +112,40 @@ class RowLinear(Linear):
 
 
 class Router(Linear):
-    """The replicated map to router logits."""
+    """The replicated map to router logits.
 
-    def __init__(self, source: str, num_experts: int, hidden_size: int) -> None:
-        super().__init__([Part(source, num_experts, 0, num_experts)], hidden_size)
+    Args:
+        fp32: computed in fp32, from fp32 weights.
+        bias: whether it has one.
+        correction: the name of a bias that only the choice of experts sees, [E] fp32.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        num_experts: int,
+        hidden_size: int,
+        fp32: bool = False,
+        bias: bool = False,
+        correction: str | None = None,
+    ) -> None:
+        super().__init__([Part(source, num_experts, 0, num_experts)], hidden_size, bias)
+        self.fp32 = fp32
+        self.correction_from = correction
+        self.correction: Tensor | None = None
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().allocate(torch.float32 if self.fp32 else dtype, device)
+        if self.correction_from is not None:
+            self.correction = torch.zeros(self.out_features, dtype=torch.float32, device=device)
+
+    def slices(self) -> Iterator[WeightSlice]:
+        yield from super().slices()
+        if self.correction_from is not None and self.correction is not None:
+            every = (slice(None),)
+            yield WeightSlice(self.correction_from, (self.out_features,), every, self.correction)
+
+    def forward(self, *args: Any) -> Tensor:
+        """x: [T, hidden] -> logits [T, E]."""
+        (x,) = args
+        return super().forward(x.float() if self.fp32 else x)

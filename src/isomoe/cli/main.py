@@ -16,6 +16,7 @@ from isomoe.errors import IsomoeError
 COMMANDS = {
     "serve": "serve a model over HTTP, as OpenAI's, SGLang's and vLLM's clients expect",
     "generate": "generate text from prompts",
+    "models": "list the model families, what was measured and what is proven of them",
     "plan": "print which collectives a model runs under a layout, and what they cost",
     "prove": "prove that every plan sums every contribution exactly once, without weights",
     "parity": "compare tokens and log-probabilities of two layouts, engines or servers",

@@ -154,9 +154,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--page-size",
         type=int,
-        default=default.page_size,
         metavar="N",
-        help="tokens of a page of the KV cache (default: %(default)s)",
+        help="tokens of a page of the KV cache (default: 16, or more where the model's blocks need "
+        "it)",
     )
     group.add_argument(
         "--chunked-prefill-size",

@@ -3,16 +3,19 @@
 import argparse
 import json
 import re
+from dataclasses import asdict, dataclass
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from isomoe.bench.offline_report import scaled
 from isomoe.cli.options import add_layout_options, add_model_option, layout_from
 from isomoe.errors import ConfigError
 from isomoe.layout import MACHINES, Mesh, Move, Plan, Regime, RegimePlan, make_plan, regimes
 from isomoe.layout.plan import Delivery, Route, Settle
-from isomoe.models import build, read_config
+from isomoe.models import CausalLM, build, read_config
 from isomoe.weights import resolve
 
 _FILE_WIDTH = 150
@@ -20,8 +23,8 @@ _FILE_WIDTH = 150
 
 NAME = "plan"
 HELP = (
-    "Print which collectives a model runs under a layout, regime by regime. Needs config.json "
-    "only: no weights, no GPU, any number of ranks up to 1024."
+    "Print which collectives a model runs under a layout, regime by regime, and the memory that a "
+    "rank needs. Needs config.json only: no weights, no GPU, any number of ranks up to 1024."
 )
 
 
@@ -48,13 +51,61 @@ def run(args: argparse.Namespace) -> int:
     layout = layout_from(args)
     path = resolve(args.model_path, weights=False)
     model = build(read_config(path), layout)
+    memory = RankMemory.of(model)
     plan = make_plan(model.chain, MACHINES[args.device], _wanted(model.chain.mesh, args.rows))
     name = args.model_path or path.name
     if args.json:
-        print(json.dumps({"model": name, **plan.to_json()}))
+        print(json.dumps({"model": name, "memory": asdict(memory), **plan.to_json()}))
     else:
-        _print(name, plan, merge=args.rows is None)
+        _print(name, plan, memory, merge=args.rows is None)
     return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """What a model keeps on the rank that keeps most of it: the first, with the biases.
+
+    Attributes:
+        dtype: of the config.json; bfloat16 where it names none. Quantised weights are kept in it.
+        weight_bytes: of all weights; some, such as a router's, may be fp32.
+        kv_bytes_per_token: in the caches of all layers, of one of its attention group's tokens.
+        state_bytes_per_request: in all layers with linear attention.
+    """
+
+    dtype: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    state_bytes_per_request: int
+
+    @classmethod
+    def of(cls, model: CausalLM) -> "RankMemory":
+        """That of a model on rank 0; its weights become meta tensors.
+
+        Raises:
+            ConfigError: if the config's dtype is none of torch's.
+        """
+        name = model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16"
+        dtype = getattr(torch, str(name), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"config.json: dtype {name!r}; bfloat16 or float32 would work")
+        for leaf in model.leaves():
+            leaf.allocate(dtype, torch.device("meta"))
+        memories = model.memories()
+        return cls(
+            dtype=str(name),
+            weight_bytes=sum(kept.out.nbytes for kept in model.weight_slices()),
+            kv_bytes_per_token=sum(memory.cache_bytes_per_token(dtype) for memory in memories),
+            state_bytes_per_request=sum(memory.state_bytes() for memory in memories),
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{scaled(self.weight_bytes, 'B')} of weights",
+            f"{scaled(self.kv_bytes_per_token, 'B')} of KV cache a token",
+        ]
+        if self.state_bytes_per_request:
+            parts.append(f"{scaled(self.state_bytes_per_request, 'B')} of states a request")
+        return f"{', '.join(parts)} ({self.dtype})"
 
 
 def _wanted(mesh: Mesh, rows: int | None) -> list[Regime]:
@@ -63,13 +114,14 @@ def _wanted(mesh: Mesh, rows: int | None) -> list[Regime]:
     return regimes(mesh, buckets=(rows,))
 
 
-def _print(name: str, plan: Plan, merge: bool) -> None:
+def _print(name: str, plan: Plan, memory: RankMemory, merge: bool) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     mesh = plan.mesh
     axes = " x ".join(map(str, mesh.axes)) or "1"
     console.print(f"[bold]{name}[/] on {mesh.parallelism}: {mesh.size} ranks, mesh {axes}")
+    console.print(f"memory of a rank: {memory}")
     groups = mesh.to_json()
     del groups["axes"]
     console.print(

@@ -74,14 +74,14 @@ class CpuBatches(Batches):
         ids: list[int] = []
         context_lens: list[int] = []
         for member, tokens in zip(residents.members, residents.schedule.num_tokens, strict=True):
-            stop = member.computed + tokens
-            ids += member.tokens[member.computed : stop]
-            context_lens.append(stop)
+            ids += member.ids(tokens)
+            context_lens.append(member.computed + tokens)
         attention = AttentionBatch(
             query_lens=residents.schedule.num_tokens,
             context_lens=tuple(context_lens),
             block_tables=self._block_tables(),
             page_size=self.page_size,
+            state_slots=tuple([member.slot for member in residents.members]),
         )
         positions = attention.positions
         if shape.padded is not None:

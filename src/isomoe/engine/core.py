@@ -1,17 +1,21 @@
 """The engine core: requests in, steps, tokens out."""
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from isomoe.config import EngineConfig
+from isomoe.engine.diffusion import BlockDiffusing
 from isomoe.engine.executor import Executor, LocalExecutor, Progress
+from isomoe.engine.generation import Autoregressive, Generation
 from isomoe.engine.kv_cache import num_cache_pages
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.outputs import Update
 from isomoe.engine.processes import ProcessExecutor
 from isomoe.engine.scheduler import Limits, Scheduler
-from isomoe.engine.step import GroupOutput, Request, Schedule, Step
+from isomoe.engine.step import MAX_SCORED_ROWS, GroupOutput, Request, Step
 from isomoe.layout import MACHINES, make_plan
 from isomoe.models import CausalLM, build
 
@@ -44,7 +48,7 @@ class EngineCore:
         self._depth = 2 if config.overlaps(self.info.device) else 1
         self.executor: Executor = kind(config, self.info, progress)
         try:
-            self.scheduler = Scheduler(self._limits(model), self.plan.choose)
+            self.scheduler = Scheduler(self._limits(model), self.plan.choose, self._generation())
             limits = self.scheduler.limits
             self.executor.allocate_cache(limits.num_pages, limits.graph_rows)
         except BaseException:
@@ -90,12 +94,9 @@ class EngineCore:
         if step is None:
             return []
         outputs = self.executor.collect()
-        advanced = self.scheduler.update(step, [output.token_ids for output in outputs])
         updates: list[Update] = []
-        for schedule, output, mine in zip(step.schedules, outputs, advanced, strict=True):
-            if output.logprobs or output.prompt_logprobs:
-                mine = _with_logprobs(mine, schedule, output)
-            updates += mine
+        for output, mine in zip(outputs, self.scheduler.update(step, outputs), strict=True):
+            updates += _with_prompt_logprobs(mine, output) if output.prompt_logprobs else mine
         return updates
 
     def shutdown(self) -> None:
@@ -107,26 +108,37 @@ class EngineCore:
         dtype: torch.dtype = getattr(torch, self.info.dtype)
         pages = num_cache_pages(
             max_total_tokens=config.max_total_tokens,
-            page_size=config.page_size,
-            bytes_per_page=sum(
-                core.cache_bytes_per_page(config.page_size, dtype)
-                for core in model.attention_cores()
-            ),
+            page_size=self.info.page_size,
+            bytes_per_page=self.info.page_size
+            * sum(memory.cache_bytes_per_token(dtype) for memory in model.memories()),
             available_bytes=self.executor.available_bytes,
             max_running_requests=config.max_running_requests,
             context_length=self.info.context_length,
         )
         chunk, most = config.prefill_limits(self.info.device)
+        # A state cannot be cut back to a prefix.
+        has_states = any(memory.state_bytes() for memory in model.memories())
         return Limits(
             attn_dp_size=config.parallelism.attn_dp_size,
             num_pages=pages,
-            page_size=config.page_size,
+            page_size=self.info.page_size,
             max_running_requests=config.max_running_requests,
             chunked_prefill_size=chunk,
             max_prefill_tokens=most,
-            prefix_cache=not config.disable_radix_cache,
+            prefix_cache=not (config.disable_radix_cache or has_states),
+            max_scored_rows=max(MAX_SCORED_ROWS, self._block_size),
             graph_rows=self._graph_rows(),
         )
+
+    @property
+    def _block_size(self) -> int:
+        """Rows that a request draws from at once."""
+        return 1 if self.info.diffusion is None else self.info.diffusion.block_size
+
+    def _generation(self) -> Callable[[Request], Generation]:
+        if self.info.diffusion is None:
+            return Autoregressive
+        return partial(BlockDiffusing, block_size=self._block_size)
 
     def _graph_rows(self) -> tuple[int, ...]:
         """The numbers of rows that steps are captured for, on devices that can."""
@@ -144,14 +156,8 @@ def graph_ladder(most: int) -> tuple[int, ...]:
     return (*found, most)
 
 
-def _with_logprobs(updates: list[Update], schedule: Schedule, output: GroupOutput) -> list[Update]:
+def _with_prompt_logprobs(updates: list[Update], output: GroupOutput) -> list[Update]:
     by_id = {update.request_id: update for update in updates}
-    columns = zip(schedule.request_ids, schedule.samples, strict=True)
-    sampled = [request_id for request_id, drawn in columns if drawn]
-    if output.logprobs:
-        for request_id, logprob in zip(sampled, output.logprobs, strict=True):
-            if request_id in by_id:
-                by_id[request_id].logprob = logprob
     for request_id, scored in output.prompt_logprobs.items():
         if request_id not in by_id:
             by_id[request_id] = Update(request_id)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import count
 from random import Random
 
+from isomoe.engine.diffusion import check_request
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.sampling_params import SamplingParams
 from isomoe.engine.scheduler import Limits
@@ -49,11 +50,18 @@ class Intake:
 
         Raises:
             RequestError: if the prompt is empty or too long, ids are not of the vocabulary, or
-                the parameters need what the checkpoint has not.
+                the parameters need what the checkpoint, or its kind of generation, has not.
         """
         ids = tuple(prompt_token_ids)
         if params.stop and not self.tokenizer.exists:
             raise RequestError(f"stop texts need a tokenizer; {self.info.folder} has none")
+        if self.info.diffusion is not None:
+            check_request(params, self.info.diffusion.block_size)
+        elif params.denoises:
+            raise RequestError(
+                "denoising_strategy, denoising_steps, confidence_threshold: the model is no "
+                "block-diffusion model; leave them out"
+            )
         self.check_prompt(ids, params.max_tokens)
         self.check_ids("stop_token_ids", params.stop_token_ids)
         self.check_ids("logit_bias", [token for token, _ in params.logit_bias])

@@ -48,7 +48,7 @@ class LLM:
         context_length: int | None = None,
         max_running_requests: int = 256,
         max_total_tokens: int | None = None,
-        page_size: int = 16,
+        page_size: int | None = None,
         chunked_prefill_size: int | None = None,
         max_prefill_tokens: int | None = None,
         disable_radix_cache: bool = False,

@@ -10,11 +10,14 @@ import torch
 
 from isomoe.config import Device, DType, EngineConfig, LoadFormat
 from isomoe.engine.grammar import GrammarFactory
+from isomoe.engine.kv_cache import pages_for
 from isomoe.engine.sampling_params import SamplingParams
 from isomoe.errors import ConfigError, RequestError
-from isomoe.models import HFConfig, read_config
+from isomoe.models import BlockDiffusion, HFConfig, family_of, read_config
 from isomoe.tokenizer import Tokenizer, has_tokenizer
 from isomoe.weights import resolve
+
+_PAGE_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,8 @@ class ModelInfo:
         dtype: the torch dtype's name.
         device: cpu or cuda.
         context_length: the most tokens of a request.
+        page_size: tokens of a page of the KV cache.
+        diffusion: how it fills in blocks; None for a model that appends one token after the other.
         vocab_size: token ids are below it.
         eos_token_ids: the tokens that end a text.
         sampling_defaults: fields of `SamplingParams` that generation_config.json sets.
@@ -37,6 +42,8 @@ class ModelInfo:
     dtype: str
     device: str
     context_length: int
+    page_size: int
+    diffusion: BlockDiffusion | None
     vocab_size: int
     eos_token_ids: frozenset[int]
     sampling_defaults: dict[str, float]
@@ -55,12 +62,18 @@ class ModelInfo:
         for key in ("vocab_size", "max_position_embeddings"):
             if not isinstance(hf_config.get(key), int):
                 raise ConfigError(f"{folder}/config.json: {key!r} is missing")
+        diffusion = family_of(hf_config).diffusion(hf_config)
+        device = _device(config.device)
+        if diffusion is not None:
+            _check_diffusion(config, device, diffusion)
         return cls(
             folder=folder,
             hf_config=hf_config,
             dtype=_dtype(config.dtype, hf_config),
-            device=_device(config.device),
-            context_length=_context_length(config.context_length, hf_config),
+            device=device,
+            context_length=_context_length(config.context_length, hf_config, diffusion),
+            page_size=_page_size(config, diffusion),
+            diffusion=diffusion,
             vocab_size=hf_config["vocab_size"],
             eos_token_ids=_eos_token_ids(folder, hf_config),
             sampling_defaults=_sampling_defaults(folder),
@@ -99,11 +112,46 @@ def _lacks_for_cuda() -> str | None:
     return None
 
 
-def _context_length(asked: int | None, hf_config: HFConfig) -> int:
+def _context_length(
+    asked: int | None, hf_config: HFConfig, diffusion: BlockDiffusion | None
+) -> int:
     most: int = hf_config["max_position_embeddings"]
     if asked is not None and asked > most:
         raise ConfigError(f"--context-length {asked}: the model has {most} positions")
-    return most if asked is None else asked
+    length = most if asked is None else asked
+    if diffusion is None:
+        return length
+    if length < diffusion.block_size:
+        raise ConfigError(
+            f"--context-length {length}: a block of the model has {diffusion.block_size} tokens"
+        )
+    return length // diffusion.block_size * diffusion.block_size
+
+
+def _page_size(config: EngineConfig, diffusion: BlockDiffusion | None) -> int:
+    """As asked for; else 16, or the next multiple of the model's blocks."""
+    block = 1 if diffusion is None else diffusion.block_size
+    size = config.page_size or pages_for(_PAGE_SIZE, block) * block
+    if size % block:
+        raise ConfigError(
+            f"--page-size {size}: must be a multiple of the model's block size of {block}"
+        )
+    if config.max_total_tokens is not None and config.max_total_tokens < size:
+        raise ConfigError(
+            f"--max-total-tokens {config.max_total_tokens}: not even one page of --page-size {size}"
+        )
+    return size
+
+
+def _check_diffusion(config: EngineConfig, device: str, diffusion: BlockDiffusion) -> None:
+    """Raises ConfigError if settings do not fit a model that fills in blocks."""
+    if device == Device.CUDA:
+        raise ConfigError("block-diffusion models do not run on GPUs yet; --device cpu works")
+    size = diffusion.block_size
+    flags = ("--chunked-prefill-size", "--max-prefill-tokens")
+    for flag, value in zip(flags, config.prefill_limits(device), strict=True):
+        if value < size:
+            raise ConfigError(f"{flag} {value}: a block of the model has {size} tokens")
 
 
 def _eos_token_ids(folder: Path, hf_config: HFConfig) -> frozenset[int]:

@@ -32,19 +32,19 @@ class Update:
     """What a step brought one request.
 
     Attributes:
-        token_id: the new token; None where the step brought prompt logprobs alone, or the end of
-            a request that asks for no token.
+        token_ids: the new tokens: one, or those of a block; none where the step brought prompt
+            logprobs alone, or the end of a request that asks for no token.
         finish_reason: None if it goes on.
-        cached_tokens: prompt tokens found in the prefix cache, with the first token.
-        logprob: the new token's, if asked for.
+        cached_tokens: prompt tokens found in the prefix cache, with the first tokens.
+        logprobs: one for each new token, if asked for.
         prompt_logprobs: those of further prompt tokens, if asked for.
     """
 
     request_id: int
-    token_id: int | None = None
+    token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
-    logprob: TokenLogprob | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 

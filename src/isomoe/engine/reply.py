@@ -26,19 +26,25 @@ class Reply:
         self._held = ""
 
     def take(self, update: Update) -> Delta:
-        """What is new."""
-        text, token = "", update.token_id
-        self.finish_reason = update.finish_reason
-        if token is not None:
+        """What is new. Of several tokens those behind a stop text are dropped."""
+        text, count = "", 0
+        new = update.token_ids
+        if not new:
+            self.finish_reason = update.finish_reason
+        for count, token in enumerate(new, start=1):
+            if count == len(new):
+                self.finish_reason = update.finish_reason
             self._num_tokens += 1
             if self.finish_reason is FinishReason.STOP and token in self.params.stop_token_ids:
                 self.stop_reason = token
             if self._stream is not None:
-                text = self._decode(token, self._stream)
+                text += self._decode(token, self._stream)
+            if self.finish_reason is not None:
+                break
         return Delta(
             text=text,
-            token_ids=() if token is None else (token,),
-            logprobs=() if update.logprob is None else (update.logprob,),
+            token_ids=new[:count],
+            logprobs=update.logprobs[:count],
             prompt_logprobs=update.prompt_logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,

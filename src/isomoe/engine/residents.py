@@ -1,16 +1,18 @@
 """The requests that a rank holds, followed from step to step. Host state only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from isomoe.engine.sampler import Draw
-from isomoe.engine.step import GroupStep, Request, Schedule
+from isomoe.engine.diffusion import UNKNOWN, Draft
+from isomoe.engine.draw import BlockDraw, Draw
+from isomoe.engine.step import GroupStep, Joined, Request, Schedule
+from isomoe.models import BlockDiffusion
 
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """A request on this rank.
+    """A request on this rank that appends one token after the other.
 
     Attributes:
         slot: its row in the block tables.
@@ -24,6 +26,43 @@ class Resident:
     num_pages: int
     tokens: list[int]
     computed: int
+
+    def ids(self, count: int) -> list[int]:
+        """The tokens of its next `count` rows."""
+        return self.tokens[self.computed : self.computed + count]
+
+    def advance(self, count: int, drawn: int) -> None:
+        """Its next `count` rows have run; tokens are drawn from the last `drawn` of them."""
+        self.computed += count
+
+    def draw(self, wanted: int, drawn: int) -> Draw:
+        """What it asks of the logits of the rows that have just run."""
+        return Draw(self.request, self.tokens, self.computed - wanted, wanted, drawn)
+
+
+@dataclass(slots=True, eq=False)
+class BlockResident(Resident):
+    """A request on this rank that fills in a block at a time.
+
+    Its open block's rows are run again until their tokens are final.
+    """
+
+    diffusion: BlockDiffusion
+    draft: Draft = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draft = Draft(self.tokens, self.diffusion.block_size)
+
+    def ids(self, count: int) -> list[int]:
+        mask = self.diffusion.mask_token_id
+        final = self.tokens[self.computed : min(self.draft.start, self.computed + count)]
+        return (final + [mask if token == UNKNOWN else token for token in self.draft.block])[:count]
+
+    def advance(self, count: int, drawn: int) -> None:
+        self.computed += count - drawn
+
+    def draw(self, wanted: int, drawn: int) -> Draw:
+        return BlockDraw(self.request, self.tokens, self.computed, wanted, drawn, self.draft)
 
 
 class TableChange(NamedTuple):
@@ -39,14 +78,16 @@ class Residents:
 
     Args:
         most: how many there may be at once.
+        diffusion: None if the model appends one token after the other.
 
     Attributes:
         schedule: of the current step.
         members: those with rows in it, in row order.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, diffusion: BlockDiffusion | None = None) -> None:
         self.schedule = Schedule()
+        self._diffusion = diffusion
         self.members: list[Resident] = []
         self._by_id: dict[int, Resident] = {}
         self._slots = list(range(most - 1, -1, -1))
@@ -57,16 +98,9 @@ class Residents:
         for request_id in group.left:
             self._slots.append(self._by_id.pop(request_id).slot)
         for joined in group.joined:
-            request, pages = joined.request, joined.pages
-            slot = self._slots.pop()
-            self._by_id[request.request_id] = Resident(
-                request=request,
-                slot=slot,
-                num_pages=len(pages),
-                tokens=[*request.prompt_token_ids, *joined.output_ids],
-                computed=joined.computed,
-            )
-            changes.append(TableChange(slot, 0, pages))
+            member = self._admitted(joined, self._slots.pop())
+            self._by_id[joined.request.request_id] = member
+            changes.append(TableChange(member.slot, 0, joined.pages))
         for request_id, place, page in group.table:
             member = self._by_id[request_id]
             member.num_pages = max(member.num_pages, place + 1)
@@ -78,15 +112,25 @@ class Residents:
 
     def advance(self) -> None:
         """Counts the tokens of the current step as computed."""
-        for member, tokens in zip(self.members, self.schedule.num_tokens, strict=True):
-            member.computed += tokens
+        schedule = self.schedule
+        for member, tokens, drawn in zip(
+            self.members, schedule.num_tokens, schedule.samples, strict=True
+        ):
+            member.advance(tokens, drawn)
 
     def draws(self) -> list[Draw]:
         """What the current step asks of the logits, once it is counted as computed."""
         return [
-            Draw(member.request, member.tokens, member.computed - wanted, wanted, samples)
-            for member, wanted, samples in zip(
+            member.draw(wanted, drawn)
+            for member, wanted, drawn in zip(
                 self.members, self.schedule.num_logits, self.schedule.samples, strict=True
             )
             if wanted
         ]
+
+    def _admitted(self, joined: Joined, slot: int) -> Resident:
+        request, size = joined.request, len(joined.pages)
+        tokens = [*request.prompt_token_ids, *joined.output_ids]
+        if self._diffusion is None:
+            return Resident(request, slot, size, tokens, joined.computed)
+        return BlockResident(request, slot, size, tokens, joined.computed, self._diffusion)

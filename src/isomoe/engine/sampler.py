@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isomoe.comm import Communicator
 from isomoe.engine.adjuster import Adjuster
+from isomoe.engine.draw import BlockDraw, Draw
 from isomoe.engine.grammar import GrammarFactory
 from isomoe.engine.outputs import TokenLogprob
 from isomoe.engine.step import GroupOutput, Request
@@ -31,30 +32,11 @@ Answer = Later[GroupOutput]
 """A group's answer to a step, once its device has it."""
 
 
-class Draw(NamedTuple):
-    """One request's rows of logits in a step.
-
-    Attributes:
-        tokens: the request's tokens as far as the host knows them, prompt and output; a sampled
-            one is appended when it arrives.
-        start: position of its first row that has logits. The prompt tokens that follow those
-            rows are scored, if asked for.
-        wanted: how many rows of logits it has.
-        samples: whether a token is drawn from the last one.
-    """
-
-    request: Request
-    tokens: list[int]
-    start: int
-    wanted: int
-    samples: bool
-
-
 class Sampled(NamedTuple):
     """What a step's sampling has been told to do.
 
     Attributes:
-        ids: [sampling requests] int64, the drawn tokens, on the device; None if nobody samples.
+        ids: [rows drawn from] int64, the drawn tokens, on the device; None if nobody samples.
         answer: what the group answers; None on a rank that does not answer, or knows no tokens.
     """
 
@@ -98,7 +80,7 @@ class Sampler:
         drawing = [draw for draw in draws if draw.samples]
         ids, finite, chosen = None, None, None
         if drawing:
-            if len(drawing) < logits.shape[0]:
+            if sum([draw.samples for draw in drawing]) < logits.shape[0]:
                 logits = _last_rows(logits, draws)
             ids, finite = self._draw(logits, drawing)
             if self._first:
@@ -114,8 +96,10 @@ class Sampler:
                 raise EngineDeadError("logits are not finite: do the weights hold NaN?")
             if host_ids is not None:
                 output.token_ids.extend(host_ids.tolist())
-                for draw, token in zip(drawing, output.token_ids, strict=True):
-                    draw.tokens.append(token)
+                at = 0
+                for draw in drawing:
+                    draw.take(output.token_ids[at : at + draw.samples])
+                    at += draw.samples
             if chosen is not None:
                 output.logprobs.extend(chosen(output.token_ids))
             for request_id, pieces in scores.items():
@@ -138,29 +122,35 @@ class Sampler:
     def _draw(self, logits: Tensor, drawing: list[Draw]) -> tuple[Tensor, Tensor | None]:
         """The tokens, and on the first rank whether their logits were finite."""
         if not self._first:
-            ids = torch.empty(len(drawing), dtype=torch.int64, device=logits.device)
+            ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
             return self._comm.broadcast(ids, self._attn_tp), None
         ids, finite = greedy(logits)
+        rows = [(draw, index) for draw in drawing for index in range(draw.samples)]
         adjusted = self._adjustments(drawing, logits.shape[1])
         if adjusted:
             found = adjust(_rows(logits, list(adjusted)), list(adjusted.values()))
-            found = sample(found, [_row_sampling(drawing[i]) for i in adjusted])
+            found = sample(found, [_row_sampling(rows[i]) for i in adjusted])
             ids.index_copy_(0, to_device(list(adjusted), torch.int64, ids.device), found)
         warm = [
             index
-            for index, draw in enumerate(drawing)
+            for index, (draw, _) in enumerate(rows)
             if draw.request.params.temperature and index not in adjusted
         ]
         if warm:
-            found = sample(_rows(logits, warm), [_row_sampling(drawing[i]) for i in warm])
-            if len(warm) == len(drawing):
+            found = sample(_rows(logits, warm), [_row_sampling(rows[i]) for i in warm])
+            if len(warm) == len(rows):
                 ids = found
             else:
                 ids.index_copy_(0, to_device(warm, torch.int64, ids.device), found)
+        if isinstance(drawing[0], BlockDraw):  # then they all are
+            ids = _settled(ids, logits, drawing)
         return self._comm.broadcast(ids, self._attn_tp) if self._attn_tp else ids, finite
 
     def _adjustments(self, drawing: list[Draw], vocab_size: int) -> dict[int, RowAdjustment]:
-        """By row, for those that are not drawn from the model's own logits."""
+        """By row, for those that are not drawn from the model's own logits.
+
+        Only requests with one row to draw from can ask for that.
+        """
         for draw in drawing:
             if draw.request.request_id not in self._known:
                 self._meet(draw.request, vocab_size)
@@ -207,11 +197,11 @@ class Sampler:
 
 def _last_rows(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The rows from which requests draw."""
-    rows, row = [], 0
+    rows: list[int] = []
+    row = 0
     for draw in draws:
         row += draw.wanted
-        if draw.samples:
-            rows.append(row - 1)
+        rows.extend(range(row - draw.samples, row))
     if rows == list(range(len(rows))):
         return logits[: len(rows)]
     return logits.index_select(0, to_device(rows, torch.int64, logits.device))
@@ -223,34 +213,41 @@ def _rows(logits: Tensor, indices: list[int]) -> Tensor:
     return logits.index_select(0, to_device(indices, torch.int64, logits.device))
 
 
-def _row_sampling(draw: Draw) -> RowSampling:
-    params = draw.request.params
-    return RowSampling(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        seed=draw.request.seed,
-        position=draw.start + draw.wanted,
-    )
+def _row_sampling(row: tuple[Draw, int]) -> RowSampling:
+    draw, index = row
+    return draw.row_sampling(index)
+
+
+def _settled(ids: Tensor, logits: Tensor, drawing: Sequence[Draw]) -> Tensor:
+    """The tokens of blocks, -1 where a candidate is not sure enough yet."""
+    candidates, confidence = ids.tolist(), chosen_logprobs(logits, ids).exp().tolist()
+    settled: list[int] = []
+    for draw in drawing:
+        assert isinstance(draw, BlockDraw)
+        own = slice(len(settled), len(settled) + draw.samples)
+        settled += draw.settled(candidates[own], confidence[own])
+    return to_device(settled, torch.int64, ids.device)
 
 
 def _chosen(
     logits: Tensor, ids: Tensor, drawing: list[Draw]
 ) -> Callable[[Sequence[int]], list[TokenLogprob | None]] | None:
-    """From the drawn tokens to their logprobs, None where not asked for; None if nobody asked."""
-    tops = [draw.request.params.logprobs for draw in drawing]
+    """From the drawn tokens to their logprobs; None if nobody asked.
+
+    None stands where not asked for, and where a mask stays.
+    """
+    tops = [draw.request.params.logprobs for draw in drawing for _ in range(draw.samples)]
     asked = [index for index, top in enumerate(tops) if top is not None]
     if not asked:
         return None
-    if len(asked) < len(drawing):
+    if len(asked) < len(tops):
         index = to_device(asked, torch.int64, logits.device)
         logits, ids = logits.index_select(0, index), ids.index_select(0, index)
-    scored = _scored(logits, ids, [top for top in tops if top is not None])
+    scored = _scored(logits, ids.clamp(min=0), [top for top in tops if top is not None])
 
     def chosen(tokens: Sequence[int]) -> list[TokenLogprob | None]:
-        found = iter(scored([tokens[index] for index in asked]))
-        return [None if top is None else next(found) for top in tops]
+        found = dict(zip(asked, scored([tokens[index] for index in asked]), strict=True))
+        return [None if token < 0 else found.get(row) for row, token in enumerate(tokens)]
 
     return chosen
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from isomoe.errors import RequestError
 
@@ -12,7 +13,7 @@ MAX_LOGPROBS = 100
 """The most candidates a token may come with."""
 
 _INT_FIELDS = ("max_tokens", "top_k", "min_tokens", "prompt_logprobs_start")
-_OPTIONAL_INT_FIELDS = ("seed", "logprobs", "prompt_logprobs")
+_OPTIONAL_INT_FIELDS = ("seed", "logprobs", "prompt_logprobs", "denoising_steps")
 _NUMBER_FIELDS = (
     "temperature",
     "top_p",
@@ -21,9 +22,25 @@ _NUMBER_FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
 )
+_OPTIONAL_NUMBER_FIELDS = ("confidence_threshold",)
 _BOOL_FIELDS = ("ignore_eos", "detokenize")
 # A larger grammar would hold up everybody's next token while it is compiled.
 _LONGEST_GRAMMAR = 1 << 17
+
+
+class DenoisingStrategy(StrEnum):
+    """Which masks of a block a step fixes; its quota is a share of the block for each step.
+
+    LOW_CONFIDENCE: all whose candidates are more probable than a threshold, but at least the quota,
+        the most probable first. DYNAMIC is the same: one is SGLang's name for it, one SDAR's.
+    STATIC: the quota, the most probable first.
+    SEQUENTIAL: the quota, from left to right.
+    """
+
+    LOW_CONFIDENCE = "low_confidence"
+    DYNAMIC = "dynamic"
+    STATIC = "static"
+    SEQUENTIAL = "sequential"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +73,12 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt.
         prompt_logprobs_start: first position of the prompt whose logprob is wanted.
         detokenize: make text of the output. Without it no tokenizer is loaded for a prompt of ids.
+        denoising_strategy: for block-diffusion models, like the next two: which masks of a block a
+            step fixes; None is low_confidence.
+        denoising_steps: the steps of a block, which set each one's quota; None is one for each of
+            its tokens.
+        confidence_threshold: a candidate more probable than this may be fixed at once; None is
+            0.95. Static and sequential have none.
 
     Raises:
         RequestError: if a value is out of range.
@@ -81,6 +104,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 0
     detokenize: bool = True
+    denoising_strategy: DenoisingStrategy | None = None
+    denoising_steps: int | None = None
+    confidence_threshold: float | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -101,6 +127,16 @@ class SamplingParams:
             (not _in_range(self.logprobs), "logprobs", f"from 0 to {MAX_LOGPROBS}"),
             (not _in_range(self.prompt_logprobs), "prompt_logprobs", f"from 0 to {MAX_LOGPROBS}"),
             (self.prompt_logprobs_start < 0, "prompt_logprobs_start", "at least 0"),
+            (
+                self.denoising_steps is not None and self.denoising_steps < 1,
+                "denoising_steps",
+                "at least 1",
+            ),
+            (
+                not 0.0 <= (self.confidence_threshold or 0.0) <= 1.0,
+                "confidence_threshold",
+                "from 0 to 1",
+            ),
         ):
             if wrong:
                 raise RequestError(f"{name} {getattr(self, name)!r}: must be {need}")
@@ -108,6 +144,11 @@ class SamplingParams:
             raise RequestError("prompt_logprobs_start needs prompt_logprobs")
         if self.stop and not self.detokenize:
             raise RequestError("stop needs detokenize=True, since it is sought in the text")
+        unsure = (DenoisingStrategy.STATIC, DenoisingStrategy.SEQUENTIAL)
+        if self.confidence_threshold is not None and self.denoising_strategy in unsure:
+            raise RequestError(
+                f"confidence_threshold: denoising_strategy {self.denoising_strategy} has none"
+            )
         if self.json_schema is not None:
             if self.regex is not None:
                 raise RequestError("json_schema and regex: only one of them can be asked for")
@@ -128,6 +169,12 @@ class SamplingParams:
         return self.json_schema is not None or self.regex is not None
 
     @property
+    def denoises(self) -> bool:
+        """Whether anything is asked for that block-diffusion models alone have."""
+        asked = (self.denoising_strategy, self.denoising_steps, self.confidence_threshold)
+        return any(one is not None for one in asked)
+
+    @property
     def adjusts_logits(self) -> bool:
         """Whether tokens are drawn from logits other than the model's own."""
         return (
@@ -139,14 +186,15 @@ class SamplingParams:
             value = getattr(self, name)
             if not (_is_int(value) or (value is None and name in _OPTIONAL_INT_FIELDS)):
                 raise RequestError(f"{name} {_short(value)}: must be an integer of at most 64 bits")
-        for name in _NUMBER_FIELDS:
+        for name in _NUMBER_FIELDS + _OPTIONAL_NUMBER_FIELDS:
             value = getattr(self, name)
-            if not _is_number(value):
+            if not (_is_number(value) or (value is None and name in _OPTIONAL_NUMBER_FIELDS)):
                 raise RequestError(f"{name} {_short(value)}: must be a finite number")
         for name in _BOOL_FIELDS:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise RequestError(f"{name} {_short(value)}: must be true or false")
+        self._check_strategy()
         for name in ("json_schema", "regex"):
             value = getattr(self, name)
             if value is not None and not _is_text(value):
@@ -170,6 +218,15 @@ class SamplingParams:
                     raise RequestError(f"{name} holds {_short(item)}: must be {of}")
             members = tuple(tuple(item) if isinstance(item, list) else item for item in value)
             object.__setattr__(self, name, members)
+
+    def _check_strategy(self) -> None:
+        value = self.denoising_strategy
+        if value is None:
+            return
+        if value not in list(DenoisingStrategy):
+            known = ", ".join(DenoisingStrategy)
+            raise RequestError(f"denoising_strategy {_short(value)}: must be one of {known}")
+        object.__setattr__(self, "denoising_strategy", DenoisingStrategy(value))
 
 
 def _in_range(count: int | None) -> bool:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from isomoe.engine.generation import Autoregressive, Generation, Rows
 from isomoe.engine.kv_cache import PagePool, pages_for
-from isomoe.engine.outputs import FinishReason, Update
+from isomoe.engine.outputs import Update
 from isomoe.engine.prefix_cache import Node, PrefixCache
 from isomoe.engine.step import (
     MAX_SCORED_ROWS,
+    GroupOutput,
     GroupStep,
     Joined,
     Request,
@@ -22,6 +24,7 @@ from isomoe.errors import RequestError
 
 _OVERLOAD = 1.5
 """A group this much more loaded than the least gets no request for the sake of its prefixes."""
+_DECODE = Rows(tokens=1, wanted=1, drawn=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Limits:
             decode have one each beside these.
         headroom_tokens: how far all running requests must be able to grow for one more to join.
         prefix_cache: whether requests that begin alike share pages.
-        max_scored_rows: rows of a step whose logits are wanted for prompt tokens.
+        max_scored_rows: rows of a step whose logits are wanted for prompt tokens, or for blocks.
         graph_rows: ascending; a step that only decodes, and has at most so many rows in each group,
             is padded to the next of these in every group. Empty: nothing is padded.
     """
@@ -84,40 +87,21 @@ class _Member:
     """A request, waiting or running.
 
     Attributes:
-        tokens: prompt and output so far, as far as `update` has told.
-        length: its tokens, those included that steps under way will sample.
-        stop_ids: the request's.
-        end: its tokens when max_tokens are generated.
-        unscored: its first prompt row whose logits are still wanted; None if none is.
+        text: its tokens, and which rows it runs next.
         group: where it runs; None while it waits.
         pages: in the order of its tokens.
         nodes: of its first pages, which belong to the prefix cache; the others are its own.
-        computed: tokens whose keys are cached, a step's included once it is scheduled.
-        under_way: scheduled steps with rows of it that `update` has not told of.
-        decodes: whether all but the last token, which was sampled here, are.
-        publish_at: when so many are, one more page is full for the prefix cache.
+        publish_at: when so many tokens are computed, one more page is full for the prefix cache.
         cached: prompt tokens that it found in the cache when it first ran; None until it has run.
     """
 
     request: Request
-    tokens: list[int]
-    length: int
-    stop_ids: frozenset[int]
-    end: int
-    unscored: int | None
+    text: Generation
     group: "_Group | None" = None
     pages: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
-    computed: int = 0
-    under_way: int = 0
-    decodes: bool = False
     publish_at: float = math.inf
     cached: int | None = None
-
-    @property
-    def can_run(self) -> bool:
-        """Whether a step can have rows of it: not if its last token is sampled by one under way."""
-        return self.computed < self.length and not (self.decodes and self.length >= self.end)
 
 
 class _Group:
@@ -142,7 +126,8 @@ class _Group:
 
     def load(self) -> int:
         """Tokens that its requests hold, and those that they have yet to compute."""
-        return sum(2 * len(member.tokens) - member.computed for member in self.running)
+        texts = [member.text for member in self.running]
+        return sum(2 * len(text.tokens) - text.computed for text in texts)
 
     def part(self, schedule: Schedule | None) -> GroupStep:
         """What the workers must hear; from here on they have heard it."""
@@ -164,18 +149,25 @@ class Scheduler:
     Requests wait in one queue, first come, first served. The first one goes to the group that has
     most of its prefix in the cache, unless that one is overloaded, else to the least loaded. It
     joins once the group has pages for all its tokens and for some growth of everybody. In a step,
-    requests in decode have a row each, and prompts share what the budget leaves, in chunks if
-    need be. If a group's pages run out nevertheless, its youngest request is retracted: its pages
-    are given back, and it waits at the head of the queue with what it has generated.
+    requests in decode have a row each, and prompts and blocks share what the budget leaves, in
+    chunks if need be. If a group's pages run out nevertheless, its youngest request is retracted:
+    its pages are given back, and it waits at the head of the queue with what it has generated.
 
     Args:
         choose: rows of each group -> index of the regime (`Plan.choose`).
+        generation: the kind of generation.
     """
 
-    def __init__(self, limits: Limits, choose: Callable[[Sequence[int]], int]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        choose: Callable[[Sequence[int]], int],
+        generation: Callable[[Request], Generation] = Autoregressive,
+    ) -> None:
         self.limits = limits
         self.num_retracted = 0
         self._choose = choose
+        self._generation = generation
         self._groups = [_Group(limits) for _ in range(limits.attn_dp_size)]
         self._waiting: deque[_Member] = deque()
         self._members: dict[int, _Member] = {}
@@ -212,17 +204,8 @@ class Scheduler:
         Raises:
             RequestError: if the KV cache could never hold it.
         """
-        prompt = request.prompt_token_ids
-        self.limits.check_fits(len(prompt), request.max_tokens)
-        scored = request.params.prompt_logprobs is not None
-        member = _Member(
-            request=request,
-            tokens=list(prompt),
-            length=len(prompt),
-            stop_ids=request.stop_ids,
-            end=len(prompt) + request.max_tokens,
-            unscored=max(0, request.params.prompt_logprobs_start - 1) if scored else None,
-        )
+        self.limits.check_fits(len(request.prompt_token_ids), request.max_tokens)
+        member = _Member(request, self._generation(request))
         self._members[request.request_id] = member
         self._waiting.append(member)
 
@@ -253,7 +236,7 @@ class Scheduler:
         self._admit()
         for group in self._groups:
             self._make_room(group)
-        if not any(member.can_run for group in self._groups for member in group.running):
+        if not any(member.text.can_run for group in self._groups for member in group.running):
             waits = self._waiting and not any(group.running for group in self._groups)
             assert not waits, "requests wait, and no group has room"
             return None
@@ -263,18 +246,15 @@ class Scheduler:
             self._shape = self._form_shape(schedules)
         return Step(shape=self._shape, groups=parts, schedules=schedules)
 
-    def update(self, step: Step, token_ids: Sequence[Sequence[int]]) -> list[list[Update]]:
-        """Takes in what a step sampled.
-
-        Args:
-            token_ids: for each group, one for each of its requests that samples, in row order.
+    def update(self, step: Step, outputs: Sequence[GroupOutput]) -> list[list[Update]]:
+        """Takes in what a step sampled: the answers of the groups.
 
         Returns:
-            For each group, what changed: an entry for each request that samples or has ended.
+            For each group, what changed: an entry for each request that has new tokens or ended.
         """
         return [
-            self._advance(schedule, tokens)
-            for schedule, tokens in zip(step.schedules, token_ids, strict=True)
+            self._advance(schedule, output)
+            for schedule, output in zip(step.schedules, outputs, strict=True)
         ]
 
     def check(self) -> None:
@@ -304,7 +284,7 @@ class Scheduler:
         able = []
         for group in self._groups:
             if len(group.running) < self.limits.max_running_requests:
-                nodes = group.cache.match(member.tokens, self._reusable(member))
+                nodes = group.cache.match(member.text.tokens, member.text.reusable)
                 if self._has_room(group, member, nodes):
                     able.append((group.load(), group, nodes))
         if not able:
@@ -315,32 +295,27 @@ class Scheduler:
         _, group, nodes = best if best[0] <= _OVERLOAD * least[0] + slack else least
         return group, nodes
 
-    def _reusable(self, member: _Member) -> int:
-        """Tokens that need not be computed if they are cached: their logits are not wanted."""
-        most = len(member.tokens) - 1
-        return most if member.unscored is None else min(most, member.unscored)
-
     def _has_room(self, group: _Group, member: _Member, nodes: list[Node]) -> bool:
         size = self.limits.page_size
         available = group.cache.num_available - sum(not node.refs for node in nodes)
         wanted = -len(nodes) - sum(len(one.pages) for one in group.running)
         for one in (*group.running, member):
-            ahead = one.length + self.limits.headroom_tokens
-            wanted += pages_for(min(ahead, one.end), size)
+            ahead = one.text.length + self.limits.headroom_tokens
+            wanted += pages_for(min(ahead, one.text.end), size)
         return wanted <= available or not group.running
 
     def _join(self, member: _Member, group: _Group, nodes: list[Node]) -> None:
-        cache = group.cache
+        cache, text = group.cache, member.text
         cache.acquire(nodes)
         member.nodes = nodes
-        need = pages_for(len(member.tokens), self.limits.page_size) - len(nodes)
+        need = pages_for(len(text.tokens), self.limits.page_size) - len(nodes)
         member.pages = [*[node.page for node in nodes], *cache.allocate(need)]
-        member.computed = len(nodes) * self.limits.page_size
+        text.computed = len(nodes) * self.limits.page_size
         if self.limits.prefix_cache:
-            member.publish_at = member.computed + self.limits.page_size
+            member.publish_at = text.computed + self.limits.page_size
         if member.cached is None:
-            member.cached = member.computed
-        assert not member.under_way, "a request came back before its step was told of"
+            member.cached = text.computed
+        assert not text.under_way, "a request came back before its step was told of"
         member.group = group
         group.running.append(member)
         group.steady = False
@@ -348,74 +323,53 @@ class Scheduler:
         group.joined.append(
             Joined(
                 request=member.request,
-                output_ids=tuple(member.tokens[prompt:]),
+                output_ids=tuple(text.tokens[prompt:]),
                 pages=tuple(member.pages),
-                computed=member.computed,
+                computed=text.computed,
             )
         )
 
     def _group_step(self, group: _Group) -> GroupStep:
         if group.steady:
             for member in group.running:
-                member.computed += 1
-                member.length += 1
-                member.under_way += 1
+                member.text.decode()
             return group.part(None)
-        chosen = [member for member in group.running if member.decodes and member.can_run]
+        chosen = [member for member in group.running if member.text.decodes and member.text.can_run]
         group.steady = len(chosen) == len(group.running)
-        num_tokens = [1] * len(chosen)
-        num_logits = [1] * len(chosen)
-        samples = [True] * len(chosen)
+        rows = [_DECODE] * len(chosen)
         for member in chosen:
-            member.computed += 1
-            member.length += 1
-            member.under_way += 1
+            member.text.decode()
         budget = self.limits.max_prefill_tokens
         scored_budget = self.limits.max_scored_rows
         for member in () if group.steady else group.running:
-            if member.decodes or not budget or not member.can_run:
+            text = member.text
+            if text.decodes or not budget or not text.can_run:
                 continue
-            begin = member.computed
-            tokens = min(len(member.tokens) - begin, budget, self.limits.chunked_prefill_size)
-            if member.unscored is not None:
-                tokens = min(tokens, max(0, member.unscored - begin) + scored_budget)
-                if not tokens:
-                    continue
-            budget -= tokens
-            member.computed += tokens
-            last = member.computed == len(member.tokens) and member.end > len(member.tokens)
-            wanted = int(last)
-            if member.unscored is not None and member.computed > member.unscored:
-                wanted = member.computed - max(begin, member.unscored)
-                scored_budget -= wanted
-                scored = member.computed >= len(member.request.prompt_token_ids)
-                member.unscored = None if scored else member.computed
-            member.under_way += 1
-            if last:
-                member.decodes = True
-                member.length += 1
+            piece = text.rows(min(budget, self.limits.chunked_prefill_size), scored_budget)
+            if piece is None:
+                continue
+            budget -= piece.tokens
+            scored_budget -= piece.scored
             chosen.append(member)
-            num_tokens.append(tokens)
-            num_logits.append(wanted)
-            samples.append(last)
+            rows.append(piece)
         group.schedule = Schedule(
             request_ids=tuple([member.request.request_id for member in chosen]),
-            num_tokens=tuple(num_tokens),
-            num_logits=tuple(num_logits),
-            samples=tuple(samples),
+            num_tokens=tuple([piece.tokens for piece in rows]),
+            num_logits=tuple([piece.wanted for piece in rows]),
+            samples=tuple([piece.drawn for piece in rows]),
         )
         return group.part(group.schedule)
 
     def _make_room(self, group: _Group) -> None:
-        """Sees to it that every request in decode has a page for its next token."""
+        """Sees to it that every request has pages for its next rows."""
         size = self.limits.page_size
         index = 0
         while index < len(group.running):
             member = group.running[index]
             index += 1
-            if member.length >= member.end:
-                group.steady = group.steady and not member.decodes
-            elif member.length > len(member.pages) * size:
+            if not member.text.can_run:
+                group.steady = False
+            elif member.text.length > len(member.pages) * size:
                 while not group.cache.num_available:
                     self._retract(group.running[-1])
                 if member.group is None:
@@ -430,35 +384,30 @@ class Scheduler:
         self._leave(member)
         self._waiting.appendleft(member)
 
-    def _advance(self, schedule: Schedule, token_ids: Sequence[int]) -> list[Update]:
+    def _advance(self, schedule: Schedule, output: GroupOutput) -> list[Update]:
         members = self._members
         updates: list[Update] = []
-        drawn = iter(token_ids)
-        for request_id, samples in zip(schedule.request_ids, schedule.samples, strict=True):
-            token = next(drawn) if samples else None
+        at = 0
+        for request_id, drawn in zip(schedule.request_ids, schedule.samples, strict=True):
+            begin, at = at, at + drawn
             member = members.get(request_id)
             if member is None:  # removed while the step ran
                 continue
-            member.under_way -= 1
-            reason = None
-            if token is not None:
-                member.tokens.append(token)
-                if token in member.stop_ids:
-                    reason = FinishReason.STOP
-                elif len(member.tokens) >= member.end:
-                    reason = FinishReason.LENGTH
-            elif member.computed == len(member.tokens) == member.end and not member.under_way:
-                reason = FinishReason.LENGTH
-            if member.computed >= member.publish_at:
+            text = member.text
+            brought = text.take(output.token_ids[begin:at], output.logprobs[begin:at])
+            if text.computed >= member.publish_at:
                 self._publish(member)
-            if token is None and reason is None:
+            if not brought.token_ids and brought.reason is None:
                 continue
             cached = member.cached or 0
             if cached:
                 member.cached = 0
-            if reason is not None:
+            if brought.reason is not None:
                 self.remove(request_id)
-            updates.append(Update(request_id, token, reason, cached))
+            updates.append(
+                Update(request_id, brought.token_ids, brought.reason, cached, brought.logprobs)
+            )
+        assert at == len(output.token_ids), "an answer to another step"
         return updates
 
     def _publish(self, member: _Member) -> None:
@@ -469,9 +418,9 @@ class Scheduler:
         """
         group = member.group
         assert group is not None
-        for index in range(len(member.nodes), member.computed // self.limits.page_size):
+        for index in range(len(member.nodes), member.text.computed // self.limits.page_size):
             page = member.pages[index]
-            node = group.cache.extend(member.nodes, member.tokens, page)
+            node = group.cache.extend(member.nodes, member.text.tokens, page)
             member.nodes.append(node)
             if node.page != page:
                 group.cache.pool.release([page])
@@ -486,8 +435,8 @@ class Scheduler:
         group.steady = False
         group.cache.pool.release(member.pages[len(member.nodes) :])
         group.cache.release(member.nodes)
-        member.group, member.pages, member.nodes, member.computed = None, [], [], 0
-        member.decodes = False
+        member.group, member.pages, member.nodes = None, [], []
+        member.text.rewind()
         request_id = member.request.request_id
         group.table = [change for change in group.table if change[0] != request_id]
         for index, joined in enumerate(group.joined):

@@ -57,13 +57,13 @@ class Schedule:
         request_ids: who has rows, in row order.
         num_tokens: how many each has.
         num_logits: how many of each one's last rows get logits.
-        samples: whether a token is drawn after each one's last row.
+        samples: from how many of each one's last rows a token is drawn.
     """
 
     request_ids: tuple[int, ...] = ()
     num_tokens: tuple[int, ...] = ()
     num_logits: tuple[int, ...] = ()
-    samples: tuple[bool, ...] = ()
+    samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,8 @@ class GroupOutput:
     """What an attention-DP group answers to a step.
 
     Attributes:
-        token_ids: one for each request that samples, in row order.
+        token_ids: one for each row that is drawn from, in row order; -1 for one of a block whose
+            mask stays.
         logprobs: the same, None where not asked for; empty if nobody asked.
         prompt_logprobs: by request id, those of the prompt tokens that follow this step's rows.
     """

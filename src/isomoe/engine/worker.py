@@ -65,12 +65,16 @@ class Worker:
         chain = self.model.chain
         if self.instrument is not None:
             chain = self.instrument.in_chain(chain)
+            self.instrument.in_model(self.model)  # may change what is loaded
         self.plan = make_plan(chain, MACHINES[self.device.type])
         self.seat: Seat = self.model.seat
         with must_fit("the weights", "more ranks, or a GPU that nobody else uses,"):
             self._load(progress)
+        with must_fit("the states of linear attention", "a smaller --max-running-requests"):
+            for memory in self.model.memories():
+                memory.allocate_states(config.max_running_requests, self.device)
         self.comm = self._communicator(port)
-        self._residents = Residents(config.max_running_requests)
+        self._residents = Residents(config.max_running_requests, info.diffusion)
         self._batches = self._make_batches()
         keeps = isinstance(self._batches, GpuBatches)
         first = self.seat.index(self.seat.mesh.attn_tp) == 0
@@ -91,8 +95,8 @@ class Worker:
     def allocate_cache(self, num_pages: int, graph_rows: Sequence[int] = ()) -> None:
         """Makes the KV cache of every layer, and captures steps of so many rows."""
         with must_fit("the KV cache", "a smaller --mem-fraction-static or --max-total-tokens"):
-            for core in self.model.attention_cores():
-                core.allocate_cache(num_pages, self.config.page_size, self.dtype, self.device)
+            for memory in self.model.memories():
+                memory.allocate_cache(num_pages, self.info.page_size, self.dtype, self.device)
         if graph_rows and self.device.type == "cuda":
             with must_fit("the captured steps", "a smaller --mem-fraction-static"):
                 self._graphs = DecodeGraphs(self._static_forward, graph_rows)
@@ -140,9 +144,9 @@ class Worker:
         assert isinstance(self._batches, GpuBatches)
         config, mesh = self.config, self.seat.mesh
         groups = mesh.parallelism.attn_dp_size
-        cores = self.model.attention_cores()
-        for core in cores:
-            core.allocate_cache(1, config.page_size, self.dtype, self.device)
+        memories = self.model.memories()
+        for memory in memories:
+            memory.allocate_cache(1, self.info.page_size, self.dtype, self.device)
         chunk, most = config.prefill_limits(self.device.type)
         longest = min(chunk, self.info.context_length)
         prompts = [min(longest, most - at) for at in range(0, most, longest)]
@@ -163,13 +167,14 @@ class Worker:
             rank=self.seat.rank,
         )
         self._forward(batch, self.plan.choose((total,) * groups))
-        for core in cores:
-            del core.kv_cache
+        for memory in memories:
+            memory.allocate_cache(0, self.info.page_size, self.dtype, self.device)
 
     def _make_batches(self) -> Batches:
         config = self.config
-        max_pages = pages_for(self.info.context_length, config.page_size)
-        sizes = (config.page_size, config.max_running_requests, max_pages)
+        page_size = self.info.page_size
+        max_pages = pages_for(self.info.context_length, page_size)
+        sizes = (page_size, config.max_running_requests, max_pages)
         if on_gpu(torch.empty(0, device=self.device)):
             return GpuBatches(
                 self.seat, self._residents, *sizes, self.info.context_length, self.device
@@ -183,11 +188,12 @@ class Worker:
         if self.config.load_format is LoadFormat.DUMMY:
             load_dummy(slices, self.config.random_seed)
         else:
-            load_safetensors(self.info.folder, slices, self.model.ignores, progress)
+            model = self.model
+            load_safetensors(
+                self.info.folder, slices, model.ignores, progress, canonical=model.canonical
+            )
         for leaf in self.model.leaves():
             leaf.pack()
-        if self.instrument is not None:
-            self.instrument.in_model(self.model)
 
     def _communicator(self, port: int | None) -> Communicator:
         if port is None:
@@ -195,5 +201,7 @@ class Worker:
         mesh = self.seat.mesh
         join(port, self.seat.rank, mesh.size, self.device)
         # Sampled ids go from the first rank of an attention group to the others.
-        own = {mesh.attn_tp} if mesh.attn_tp else set()
-        return torch_communicator(self.seat, self.plan.runs() | own, self.device)
+        runs = self.plan.runs() | ({mesh.attn_tp} if mesh.attn_tp else set())
+        if self.instrument is not None:  # a defect may use any group
+            runs |= {mesh.all[i:j] for i in mesh.all for j in range(i + 1, len(mesh.all) + 1)}
+        return torch_communicator(self.seat, runs, self.device)

@@ -9,10 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from isomoe.kernels import experts, ffn, norm, routing, sampling
+from isomoe.kernels import attention, experts, ffn, lightning, mla, norm, sampling
 from isomoe.kernels import linear as dense
+from isomoe.kernels import routing as choice
+from isomoe.kernels.attention import AttentionBatch, Heads
+from isomoe.kernels.experts import PLAIN, ExpertForm
+from isomoe.kernels.ffn import SWIGLU, Activation
 from isomoe.kernels.linear import PackedLinear
 from isomoe.kernels.paged_rows import PagedRows
+from isomoe.kernels.routing import Routing
 from isomoe.kernels.sampling import RowSampling
 
 interpreted = False
@@ -44,13 +49,13 @@ def add_rms_norm(
     return norm.add_rms_norm(residual, addend, weight, eps)
 
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    """As `kernels.ffn.silu_and_mul`."""
-    if on_gpu(x):
+def gated(x: Tensor, activation: Activation = SWIGLU) -> Tensor:
+    """As `kernels.ffn.gated`."""
+    if on_gpu(x) and activation == SWIGLU:
         from isomoe.kernels import gpu
 
         return gpu.silu_and_mul(x)
-    return ffn.silu_and_mul(x)
+    return ffn.gated(x, activation)
 
 
 def linear(x: Tensor, weight: PackedLinear | Tensor) -> Tensor:
@@ -64,50 +69,119 @@ def linear(x: Tensor, weight: PackedLinear | Tensor) -> Tensor:
 
 def route(
     logits: Tensor,
-    k: int,
-    renormalize: bool,
+    routing: Routing,
+    bias: Tensor | None = None,
     first: int = 0,
     stop: int | None = None,
     real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.routing.route`."""
-    if on_gpu(logits):
+    if on_gpu(logits) and routing.num_groups == 1:
         from isomoe.kernels import gpu
 
-        return gpu.route(logits, k, renormalize, first, stop, real)
-    return routing.route(logits, k, renormalize, first, stop, real)
+        return gpu.route(
+            logits,
+            routing.top_k,
+            routing.renormalize,
+            first,
+            stop,
+            real,
+            scoring=routing.scoring,
+            bias=bias,
+            scale=routing.scale,
+        )
+    return choice.route(logits, routing, bias, first, stop, real)
 
 
 def fused_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    form: ExpertForm = PLAIN,
 ) -> Tensor:
     """As `kernels.experts.fused_experts`, but in x's dtype on a GPU."""
     if on_gpu(x):
         from isomoe.kernels import gpu
 
-        return gpu.fused_experts(x, gate_up, down, topk_ids, topk_weights)
-    return experts.fused_experts(x, gate_up, down, topk_ids, topk_weights)
+        return gpu.fused_experts(x, gate_up, down, topk_ids, topk_weights, form)
+    return experts.fused_experts(x, gate_up, down, topk_ids, topk_weights, form)
+
+
+def write_kv(
+    k: Tensor, v: Tensor | None, kv_cache: Tensor, batch: AttentionBatch | PagedRows
+) -> None:
+    """As `kernels.attention.write_kv`."""
+    if isinstance(batch, PagedRows):
+        from isomoe.kernels import gpu
+
+        gpu.write_kv(k, v, kv_cache, batch)
+    else:
+        attention.write_kv(k, v, kv_cache, batch)
+
+
+def paged_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    batch: AttentionBatch | PagedRows,
+    heads: Heads,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.attention.paged_attention`."""
+    if isinstance(batch, PagedRows):
+        from isomoe.kernels import gpu
+
+        return gpu.paged_attention(q, kv_cache, batch, heads, sinks)
+    return attention.paged_attention(q, kv_cache, batch, heads, sinks)
+
+
+def latent_attention(
+    q: Tensor, latents: Tensor, batch: AttentionBatch | PagedRows, up: Tensor, heads: Heads
+) -> Tensor:
+    """As `kernels.mla.latent_attention`."""
+    if isinstance(batch, PagedRows):
+        from isomoe.kernels import gpu
+
+        return gpu.latent_attention(q, latents, batch, up, heads)
+    return mla.latent_attention(q, latents, batch, up, heads)
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    states: Tensor,
+    decay: Tensor,
+    batch: AttentionBatch | PagedRows,
+) -> Tensor:
+    """As `kernels.lightning.lightning_attention`; of `PagedRows` a request's slot is its row of
+    the block tables."""
+    if isinstance(batch, PagedRows):
+        from isomoe.kernels import gpu
+
+        return gpu.lightning_attention(q, k, v, states, decay, batch)
+    return lightning.lightning_attention(q, k, v, states, decay, batch)
 
 
 def attend(
     qkv: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    heads: Heads,
     norms: tuple[Tensor, Tensor, float] | None,
-    cos: Tensor,
-    sin: Tensor,
+    turns: tuple[Tensor, Tensor],
     kv_cache: Tensor,
     rows: PagedRows,
-    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """On GPUs alone: `rms_norm` of queries and keys, `rotate`, `write_kv` and `paged_attention`.
 
-    qkv: [T, (heads + 2 kv) d], may be overwritten; norms: weights [d] of queries and keys, and
-    eps; cos, sin: the tables of `rope_table`. Returns [T, heads, d].
+    For values of as many dims as keys, and rope in halves. qkv: [T, (heads + 2 kv) d], may be
+    overwritten; norms: weights [d] of queries and keys, and eps; turns: cos and sin, [P, r], at
+    every position. Returns [T, heads, d].
     """
     from isomoe.kernels import gpu
 
-    return gpu.attend(qkv, num_heads, num_kv_heads, norms, cos, sin, kv_cache, rows, scale)
+    return gpu.attend(qkv, heads, norms, *turns, kv_cache, rows, sinks)
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""SwiGLU experts over the experts of one rank.
+"""Gated experts over the experts of one rank.
 
 T: rows   K: experts a row   E: local experts   H: hidden size   I: intermediate size
 N: pairs of a row and one of its local experts
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isomoe.kernels.ffn import silu_and_mul
+from isomoe.kernels.ffn import SWIGLU, Activation, gated
 from isomoe.kernels.linear import PackedLinear, linear, pack_linear
 
 Weight = PackedLinear | Tensor
@@ -29,6 +29,32 @@ _SMALL_BYTES = 4 << 20
 _JOINED_BYTES = 64 << 20
 # All experts for T rows are E/K times the arithmetic; beyond this many rows x E/K it shows.
 _ROWS_OF_ALL = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertForm:
+    """What experts compute beside their two products.
+
+    Attributes:
+        activation: between the products.
+        scales_input: a row's weight multiplies what an expert takes, not what it gives (Llama 4).
+        gate_up_bias: [E, 2I], or None.
+        down_bias: [E, H], or None.
+    """
+
+    activation: Activation = SWIGLU
+    scales_input: bool = False
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is SwiGLU experts whose outputs are weighed, and nothing else."""
+        has_bias = self.gate_up_bias is not None or self.down_bias is not None
+        return self.activation == SWIGLU and not self.scales_input and not has_bias
+
+
+PLAIN = ExpertForm()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,29 +77,37 @@ class PackedExperts:
     """Whether each expert's matrices are small enough for `linear` to keep them in fp32 too."""
 
 
-def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
+def pack_experts(gate_up: Tensor, down: Tensor, joined: bool = True) -> PackedExperts:
     """Lays the weights out for `packed_experts`.
 
     gate_up: [E, 2I, H], gate first; down: [E, H, I].
+
+    Args:
+        joined: whether all experts' weights may be laid out as one, too.
     """
     hidden = gate_up.shape[2]
     weight_bytes = (gate_up.numel() + down.numel()) * gate_up.element_size()
-    joined = None
-    if weight_bytes <= _JOINED_BYTES:
+    whole = None
+    if joined and weight_bytes <= _JOINED_BYTES:
         all_down = down.transpose(0, 1).reshape(hidden, -1)
-        joined = (pack_linear(gate_up.reshape(-1, hidden)), pack_linear(all_down))
+        whole = (pack_linear(gate_up.reshape(-1, hidden)), pack_linear(all_down))
     each = tuple(pack_linear(weight) for weight in gate_up.unbind())
     return PackedExperts(
         gate_up=each,
         down=tuple(pack_linear(weight) for weight in down.unbind()),
         weight_bytes=weight_bytes,
         small=all(isinstance(one, PackedLinear) and one.exact is not None for one in each),
-        joined=joined,
+        joined=whole,
     )
 
 
 def fused_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    form: ExpertForm = PLAIN,
 ) -> Tensor:
     """The weighted sum of each row's local experts, [T, H] fp32; zeros for a row that has none.
 
@@ -89,16 +123,20 @@ def fused_experts(
     if num_rows == 0:
         return x.new_zeros(x.shape, dtype=torch.float32)
     weight_bytes = (gate_up.numel() + down.numel()) * x.element_size()
-    if _takes_all(topk_ids, num_experts, weight_bytes):
-        gated = F.linear(x, gate_up.flatten(0, 1))
-        gated = _weigh(gated, num_experts, topk_ids, topk_weights)
-        gated = gated.view(num_rows, num_experts, -1).transpose(0, 1)
-        return torch.matmul(gated, down.transpose(1, 2)).sum(0, dtype=torch.float32)
-    return _active_experts(x, gate_up.unbind(), down.unbind(), topk_ids, topk_weights)
+    if form.is_plain and _takes_all(topk_ids, num_experts, weight_bytes):
+        inner = F.linear(x, gate_up.flatten(0, 1))
+        inner = _weigh(inner, num_experts, topk_ids, topk_weights)
+        inner = inner.view(num_rows, num_experts, -1).transpose(0, 1)
+        return torch.matmul(inner, down.transpose(1, 2)).sum(0, dtype=torch.float32)
+    return _active_experts(x, gate_up.unbind(), down.unbind(), topk_ids, topk_weights, form)
 
 
 def packed_experts(
-    x: Tensor, experts: PackedExperts, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor,
+    experts: PackedExperts,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    form: ExpertForm = PLAIN,
 ) -> Tensor:
     """`fused_experts` on packed weights.
 
@@ -112,10 +150,10 @@ def packed_experts(
     takes_all = not one_small_row and _takes_all(topk_ids, num_experts, experts.weight_bytes)
     if experts.joined is not None and takes_all:
         all_gate_up, all_down = experts.joined
-        gated = linear(x, all_gate_up)
-        gated = _weigh(gated, num_experts, topk_ids, topk_weights)
-        return linear(gated.view(num_rows, -1), all_down).float()
-    return _active_experts(x, experts.gate_up, experts.down, topk_ids, topk_weights)
+        inner = linear(x, all_gate_up)
+        inner = _weigh(inner, num_experts, topk_ids, topk_weights)
+        return linear(inner.view(num_rows, -1), all_down).float()
+    return _active_experts(x, experts.gate_up, experts.down, topk_ids, topk_weights, form)
 
 
 def _takes_all(topk_ids: Tensor, num_experts: int, weight_bytes: int) -> bool:
@@ -133,8 +171,8 @@ def _weigh(gate_up: Tensor, num_experts: int, topk_ids: Tensor, topk_weights: Te
     num_rows = topk_ids.shape[0]
     weights = gate_up.new_zeros(num_rows, num_experts + 1)
     weights.scatter_(1, topk_ids + 1, topk_weights.to(gate_up.dtype))
-    gated = silu_and_mul(gate_up.view(num_rows, num_experts, -1))
-    return gated.mul_(weights[:, 1:].unsqueeze(-1))
+    inner = gated(gate_up.view(num_rows, num_experts, -1), SWIGLU)
+    return inner.mul_(weights[:, 1:].unsqueeze(-1))
 
 
 def _active_experts(
@@ -143,11 +181,12 @@ def _active_experts(
     down: Sequence[Weight],
     topk_ids: Tensor,
     topk_weights: Tensor,
+    form: ExpertForm,
 ) -> Tensor:
     """The chosen pairs only, sorted by expert, two matrix products an active expert."""
     num_rows, top_k = topk_ids.shape
     if num_rows == 1:
-        return _one_row(x, gate_up, down, topk_ids, topk_weights)
+        return _one_row(x, gate_up, down, topk_ids, topk_weights, form)
     sorted_ids, order = topk_ids.flatten().sort(stable=True)
     absent, *counts = torch.bincount(sorted_ids + 1, minlength=len(down) + 1).tolist()
     active = [expert for expert, count in enumerate(counts) if count]
@@ -155,7 +194,10 @@ def _active_experts(
     if not active:
         return x.new_zeros(x.shape, dtype=torch.float32)
     inputs = x.index_select(0, order[absent:].div(top_k, rounding_mode="floor"))
-    outputs = _experts_of(torch.split(inputs, lengths), gate_up, down, active)
+    if form.scales_input:
+        inputs = inputs * topk_weights.flatten()[order[absent:]].unsqueeze(1).to(x.dtype)
+        topk_weights = torch.ones_like(topk_weights)
+    outputs = _experts_of(torch.split(inputs, lengths), gate_up, down, active, form)
     # Back to [T, K]: each row then sums its experts in the order of its ids.
     if absent:
         pairs = outputs.new_zeros(num_rows * top_k, outputs.shape[1])
@@ -172,6 +214,7 @@ def _one_row(
     down: Sequence[Weight],
     topk_ids: Tensor,
     topk_weights: Tensor,
+    form: ExpertForm,
 ) -> Tensor:
     """`_active_experts` of one row, where nothing need be sorted."""
     ids = topk_ids[0].tolist()
@@ -180,7 +223,11 @@ def _one_row(
         return x.new_zeros(x.shape, dtype=torch.float32)
     if len(active) < len(ids):
         topk_weights = topk_weights[topk_ids >= 0].unsqueeze(0)
-    outputs = _experts_of((x,) * len(active), gate_up, down, active)
+    inputs: tuple[Tensor, ...] = (x,) * len(active)
+    if form.scales_input:
+        inputs = (x * topk_weights.T.to(x.dtype)).unsqueeze(1).unbind()
+        topk_weights = torch.ones_like(topk_weights)
+    outputs = _experts_of(inputs, gate_up, down, active, form)
     return torch.mm(topk_weights, outputs.float())
 
 
@@ -189,11 +236,20 @@ def _experts_of(
     gate_up: Sequence[Weight],
     down: Sequence[Weight],
     active: list[int],
+    form: ExpertForm,
 ) -> Tensor:
     """[N, H]: each active expert on its own rows. inputs: one [rows, H] an active expert."""
     lengths = [rows.shape[0] for rows in inputs]
-    hidden = [linear(rows, gate_up[expert]) for rows, expert in zip(inputs, active, strict=True)]
-    gated = torch.split(silu_and_mul(torch.cat(hidden)), lengths)
-    return torch.cat(
-        [linear(rows, down[expert]) for rows, expert in zip(gated, active, strict=True)]
-    )
+    hidden = _products(inputs, gate_up, active, form.gate_up_bias)
+    inner = gated(torch.cat(hidden), form.activation)
+    parts = torch.split(inner, lengths)
+    return torch.cat(_products(parts, down, active, form.down_bias))
+
+
+def _products(
+    inputs: Sequence[Tensor], weights: Sequence[Weight], active: list[int], biases: Tensor | None
+) -> list[Tensor]:
+    each = zip(inputs, active, strict=True)
+    if biases is None:
+        return [linear(rows, weights[expert]) for rows, expert in each]
+    return [linear(rows, weights[expert]) + biases[expert] for rows, expert in each]

@@ -10,8 +10,8 @@ class PagedRows:
     """One attention-DP group's rows in a step: first those of decodes, then those of prefills.
 
     Attributes:
-        table_rows: [T] int32, each row's row of `block_tables`; -1 is padding, which writes
-            nothing and gives zeros.
+        table_rows: [T] int32, each row's row of `block_tables`, and the slot of its request's
+            states; -1 is padding, which writes nothing and gives zeros.
         positions: [T] int32, each row's position in its request; it sees keys 0 to there.
         block_tables: [requests, pages] int32, page ids.
         page_size: tokens of a page.

@@ -6,7 +6,17 @@ from isomoe.layout.mesh import Axes, Mesh, Seat
 from isomoe.layout.moves import Move, Op, cheapest
 from isomoe.layout.parallelism import Parallelism
 from isomoe.layout.placement import Letter, Placement, row_sharded
-from isomoe.layout.plan import Plan, ReadPlan, Regime, RegimePlan, Settle, make_plan, regimes
+from isomoe.layout.plan import (
+    Choice,
+    Plan,
+    Planner,
+    ReadPlan,
+    Regime,
+    RegimePlan,
+    Settle,
+    make_plan,
+    regimes,
+)
 from isomoe.layout.rows import LogitsRows, Rows, TokenRows
 
 __all__ = [
@@ -16,6 +26,7 @@ __all__ = [
     "Axes",
     "BlockSpec",
     "Chain",
+    "Choice",
     "CostModel",
     "Letter",
     "LogitsRows",
@@ -26,6 +37,7 @@ __all__ = [
     "Parallelism",
     "Placement",
     "Plan",
+    "Planner",
     "ReadPlan",
     "ReadSpec",
     "Regime",

@@ -74,6 +74,18 @@ class Chain:
                     self._check_gives(block, variant.gives, inside=read is self.reads[-1])
                 self._check_inner(block)
 
+    @property
+    def structure(self) -> object:
+        """Equal for chains that have the same plans, but for names."""
+        blocks = (self.embedding, *(block for read in self.reads for block in read.consumers))
+        return (
+            self.mesh.axes,
+            self.mesh.attn_dp,
+            self.hidden_size,
+            tuple((block.kind, block.variants, block.inner) for block in blocks),
+            tuple((len(read.consumers), read.selects_rows) for read in self.reads),
+        )
+
     def _check_needs(self, block: BlockSpec, needs: Placement | None) -> None:
         if needs is None:
             raise PlacementError(f"{block.name}: takes rows, but declares no placement for them")
@@ -97,11 +109,17 @@ class Chain:
             raise PlacementError(f"{block.name}: gives {gives}, a partial sum nobody would settle")
 
     def _check_inner(self, block: BlockSpec) -> None:
-        """Inner moves start from what the block gives and follow one another."""
+        """Inner moves follow one another; they start from what the block gives, or inside of it
+        from features of the rows that it takes."""
         stations = [move.after for move in block.inner]
         starts = [move.before for move in block.inner]
         for variant in block.variants:
-            if starts and starts != [variant.gives, *stations[:-1]]:
+            if not starts:
+                continue
+            begin = variant.gives
+            if variant.needs is not None and not begin.where(Letter.C):
+                begin = variant.needs.put(Letter.C, starts[0].where(Letter.C))
+            if starts != [begin, *stations[:-1]]:
                 raise PlacementError(
                     f"{block.name}: gives {variant.gives}, but its inner moves are "
                     f"{', '.join(map(str, block.inner))}"

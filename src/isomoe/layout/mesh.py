@@ -7,7 +7,7 @@ The common refinement of these factorings is the mesh: every group is a run of n
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 from isomoe.errors import ConfigError
@@ -43,33 +43,7 @@ class Mesh:
         Raises:
             ConfigError: if the strides of two factorings do not divide one another.
         """
-        p = parallelism
-        strides = {
-            "attn_tp": p.attn_tp,
-            "moe_tp": p.moe_tp,
-            "ffn_tp": p.ffn_tp,
-            "lm_tp": p.lm_tp,
-        }
-        for heads in kv_heads:
-            if p.attn_tp > heads and p.attn_tp % heads == 0:
-                strides[f"attn_rep (copies of {heads} KV heads)"] = p.attn_tp // heads
-        chain = sorted({1, p.tp_size, *strides.values()})
-        for small, large in itertools.pairwise(chain):
-            if large % small:
-                names = {size: name for name, size in strides.items()}
-                others = {size for name, size in strides.items() if name != "moe_tp"}
-                usable = [
-                    str(ep)
-                    for ep in divisors(p.tp_size)
-                    if _divide_one_another({*others, p.tp_size // ep})
-                ]
-                advice = f"--ep-size {', '.join(usable)} would" if usable else "change --tp-size"
-                raise ConfigError(
-                    f"{p.flags}: {names[small]}={small} and {names[large]}={large} share no mesh, "
-                    f"since {small} does not divide {large}; {advice}"
-                )
-        sizes = [large // small for small, large in itertools.pairwise(chain)]
-        return cls(axes=tuple(reversed(sizes)), parallelism=p)
+        return _refinement(parallelism, tuple(kv_heads))
 
     def __post_init__(self) -> None:
         if any(size < 2 for size in self.axes) or prod(self.axes) != self.parallelism.tp_size:
@@ -135,6 +109,11 @@ class Mesh:
         """Axes along which the lm_head's vocabulary is sharded."""
         return self._minor(self.parallelism.lm_tp)
 
+    def widest(self, size: int) -> Axes:
+        """The longest run of minor axes over which `size` things split evenly."""
+        runs = (self.all[first:] for first in range(len(self.axes) + 1))
+        return next(run for run in runs if size % self.size_of(run) == 0)
+
     def size_of(self, axes: Axes) -> int:
         """Ranks in a group over `axes`."""
         return self._strides[axes[0]] // self._strides[axes[-1] + 1] if axes else 1
@@ -174,6 +153,36 @@ class Mesh:
 
     def _minor(self, stride: int) -> Axes:
         return tuple(a for a in self.all if prod(self.axes[a + 1 :]) < stride)
+
+
+@lru_cache(maxsize=4096)
+def _refinement(p: Parallelism, kv_heads: tuple[int, ...]) -> Mesh:
+    strides = {
+        "attn_tp": p.attn_tp,
+        "moe_tp": p.moe_tp,
+        "ffn_tp": p.ffn_tp,
+        "lm_tp": p.lm_tp,
+    }
+    for heads in kv_heads:
+        if p.attn_tp > heads and p.attn_tp % heads == 0:
+            strides[f"attn_rep (copies of {heads} KV heads)"] = p.attn_tp // heads
+    chain = sorted({1, p.tp_size, *strides.values()})
+    for small, large in itertools.pairwise(chain):
+        if large % small:
+            names = {size: name for name, size in strides.items()}
+            others = {size for name, size in strides.items() if name != "moe_tp"}
+            usable = [
+                str(ep)
+                for ep in divisors(p.tp_size)
+                if _divide_one_another({*others, p.tp_size // ep})
+            ]
+            advice = f"--ep-size {', '.join(usable)} would" if usable else "change --tp-size"
+            raise ConfigError(
+                f"{p.flags}: {names[small]}={small} and {names[large]}={large} share no mesh, "
+                f"since {small} does not divide {large}; {advice}"
+            )
+    sizes = [large // small for small, large in itertools.pairwise(chain)]
+    return Mesh(axes=tuple(reversed(sizes)), parallelism=p)
 
 
 @dataclass(frozen=True, slots=True)

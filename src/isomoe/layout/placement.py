@@ -1,6 +1,7 @@
 """How an activation lies on the mesh: one letter an axis."""
 
 from enum import StrEnum
+from functools import cache
 
 from isomoe.errors import PlacementError
 from isomoe.layout.mesh import Axes
@@ -48,13 +49,24 @@ class Placement(str):
 
     def where(self, letter: Letter) -> Axes:
         """The axes that hold `letter`."""
-        return tuple(a for a, held in enumerate(self) if held == letter)
+        return _where(self, letter)
 
     def put(self, letter: Letter, axes: Axes) -> "Placement":
         """This placement with `letter` on `axes`."""
-        return Placement("".join(letter if a in axes else held for a, held in enumerate(self)))
+        return _put(self, letter, axes)
 
 
+@cache
+def _where(placement: Placement, letter: Letter) -> Axes:
+    return tuple(a for a, held in enumerate(placement) if held == letter)
+
+
+@cache
+def _put(placement: Placement, letter: Letter, axes: Axes) -> Placement:
+    return Placement("".join(letter if a in axes else held for a, held in enumerate(placement)))
+
+
+@cache
 def row_sharded(prefix: int, axes: int) -> Placement:
     """S on the first `prefix` axes, R on the rest."""
     return Placement("S" * prefix + "R" * (axes - prefix))

@@ -1,6 +1,6 @@
 """Model families: one short file each, composed of blocks."""
 
-from isomoe.models.causal_lm import CausalLM, HFConfig, Layer
+from isomoe.models.causal_lm import BlockDiffusion, CausalLM, HFConfig, Layer
 from isomoe.models.registry import (
     FAMILIES,
     build,
@@ -13,6 +13,7 @@ from isomoe.models.registry import (
 
 __all__ = [
     "FAMILIES",
+    "BlockDiffusion",
     "CausalLM",
     "HFConfig",
     "Layer",

@@ -3,7 +3,9 @@
 Source: Qwen1.5-MoE and Qwen2 Technical Report (2024); Qwen2MoeForCausalLM of transformers.
 """
 
-from isomoe.blocks import Attention, Block, GatedMLP
+from typing import ClassVar
+
+from isomoe.blocks import Attention, Block
 from isomoe.models.causal_lm import Layer
 from isomoe.models.qwen_moe import QwenMoe
 
@@ -11,7 +13,7 @@ from isomoe.models.qwen_moe import QwenMoe
 class Qwen2Moe(QwenMoe):
     """Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B, and checkpoints of their architecture."""
 
-    architectures = ("Qwen2MoeForCausalLM",)
+    architectures: ClassVar[tuple[str, ...]] = ("Qwen2MoeForCausalLM",)
 
     def layer(self, index: int) -> Layer:
         at = f"model.layers.{index}"
@@ -30,14 +32,10 @@ class Qwen2Moe(QwenMoe):
     def ffn(self, index: int, at: str) -> tuple[Block, ...]:
         """Routed experts and the shared one, or a dense FFN in between."""
         if not self.is_sparse(self.config, index):
-            return (self.dense(at),)
-        shared = GatedMLP(
-            self.seat,
+            return (self.dense_ffn(at, self.config["intermediate_size"]),)
+        shared = self.shared_expert(
             f"{at}.shared_expert",
-            hidden_size=self.config["hidden_size"],
-            intermediate_size=self.config["shared_expert_intermediate_size"],
-            axes=self.seat.mesh.all,
-            kind="shared expert",
+            self.config["shared_expert_intermediate_size"],
             gate=f"{at}.shared_expert_gate",
         )
         return (self.experts(at), shared)

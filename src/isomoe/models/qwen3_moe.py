@@ -3,6 +3,8 @@
 Source: Qwen3 Technical Report (2025); Qwen3MoeForCausalLM of transformers.
 """
 
+from typing import ClassVar
+
 from isomoe.blocks import Attention, Block
 from isomoe.models.causal_lm import Layer
 from isomoe.models.qwen_moe import QwenMoe
@@ -11,7 +13,7 @@ from isomoe.models.qwen_moe import QwenMoe
 class Qwen3Moe(QwenMoe):
     """Qwen3-30B-A3B, Qwen3-235B-A22B, and checkpoints of their architecture."""
 
-    architectures = ("Qwen3MoeForCausalLM",)
+    architectures: ClassVar[tuple[str, ...]] = ("Qwen3MoeForCausalLM",)
 
     def layer(self, index: int) -> Layer:
         at = f"model.layers.{index}"
@@ -24,7 +26,7 @@ class Qwen3Moe(QwenMoe):
                 **self.attention_sizes(),
                 bias=bias,
                 output_bias=bias,
-                qk_norm=self.config["rms_norm_eps"],
+                qk_norm=self.eps,
             ),
             ffn_norm=self.rms_norm(f"{at}.post_attention_layernorm"),
             ffn=self.ffn(index, f"{at}.mlp"),
@@ -32,4 +34,6 @@ class Qwen3Moe(QwenMoe):
 
     def ffn(self, index: int, at: str) -> tuple[Block, ...]:
         """Routed experts, or a dense FFN in between."""
-        return (self.experts(at),) if self.is_sparse(self.config, index) else (self.dense(at),)
+        if self.is_sparse(self.config, index):
+            return (self.experts(at),)
+        return (self.dense_ffn(at, self.config["intermediate_size"]),)

@@ -2,17 +2,55 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from isomoe.errors import ConfigError, PlacementError
 from isomoe.layout import Parallelism, Seat
 from isomoe.layout.parallelism import MAX_RANKS, divisors
+from isomoe.models.bailing_moe import BailingMoe, BailingMoeV2
+from isomoe.models.bailing_moe_linear import BailingMoeLinearV2, BailingMoeV25
 from isomoe.models.causal_lm import CausalLM, HFConfig
+from isomoe.models.deepseek_v2 import DeepseekV2, DeepseekV3
+from isomoe.models.exaone_moe import ExaoneMoe
+from isomoe.models.glm4_moe import Glm4Moe
+from isomoe.models.gpt_oss import GptOss
+from isomoe.models.hunyuan_v3 import HunyuanV3
+from isomoe.models.llada2 import Llada2
+from isomoe.models.llama4 import Llama4
+from isomoe.models.mimo_v2_flash import MiMoV2Flash
+from isomoe.models.minimax_m2 import MiniMaxM2
+from isomoe.models.mixtral import Mixtral
 from isomoe.models.qwen2_moe import Qwen2Moe
 from isomoe.models.qwen3_moe import Qwen3Moe
+from isomoe.models.sarvam_moe import SarvamMla, SarvamMoe
+from isomoe.models.sdar_moe import SdarMoe
+from isomoe.models.step3p5 import Step3p5
 
-FAMILIES: tuple[type[CausalLM], ...] = (Qwen2Moe, Qwen3Moe)
+FAMILIES: tuple[type[CausalLM], ...] = (
+    Qwen2Moe,
+    Qwen3Moe,
+    DeepseekV2,
+    DeepseekV3,
+    Glm4Moe,
+    ExaoneMoe,
+    HunyuanV3,
+    MiMoV2Flash,
+    MiniMaxM2,
+    Llama4,
+    Step3p5,
+    BailingMoe,
+    BailingMoeV2,
+    BailingMoeLinearV2,
+    BailingMoeV25,
+    SarvamMoe,
+    SarvamMla,
+    SdarMoe,
+    Llada2,
+    Mixtral,
+    GptOss,
+)
 
 
 def read_config(path: Path) -> HFConfig:
@@ -30,6 +68,9 @@ def read_config(path: Path) -> HFConfig:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: not a JSON object")
+    text = config.get("text_config")
+    if isinstance(text, dict):  # a multimodal checkpoint, of which the text model is run
+        return {**config, **text, "architectures": config.get("architectures")}
     return config
 
 
@@ -61,7 +102,7 @@ def build(
         ConfigError: if the layout does not fit; names the nearest sizes that do.
     """
     family = family_of(config)
-    if parallelism.moe_dense_tp_size is not None and False not in family.sorts(config):
+    if parallelism.moe_dense_tp_size is not None and not family.has_dense(config):
         raise ConfigError(
             f"--moe-dense-tp-size {parallelism.moe_dense_tp_size}: the model has no dense FFN; "
             "without the flag it works"
@@ -77,8 +118,10 @@ def build(
 
 def fits(family: type[CausalLM], config: HFConfig, parallelism: Parallelism) -> bool:
     """Whether the model can be laid out so."""
+    sorts = family.sorts(config)
+    one_of_each = sorted({sort: index for index, sort in enumerate(sorts)}.values())
     try:
-        family(config, Seat(family.mesh(config, parallelism), 0), representative(family, config))
+        family(config, Seat(family.mesh(config, parallelism), 0), one_of_each)
     except (ConfigError, PlacementError):
         return False
     except KeyError as error:
@@ -106,24 +149,33 @@ def representative(family: type[CausalLM], config: HFConfig) -> list[int]:
 
 
 def layouts(
-    family: type[CausalLM], config: HFConfig, max_ranks: int, min_ranks: int = 1
+    family: type[CausalLM],
+    config: HFConfig,
+    max_ranks: int,
+    min_ranks: int = 1,
+    attn_dp_size: int | None = None,
 ) -> Iterator[Parallelism]:
-    """Every layout of up to `max_ranks` ranks that fits the model."""
-    dense = False in family.sorts(config)
+    """Every layout of up to `max_ranks` ranks that fits the model.
+
+    Args:
+        attn_dp_size: only those of so many attention-DP groups.
+    """
+    dense = family.has_dense(config)
     for tp in range(min_ranks, max_ranks + 1):
-        for dp in divisors(tp):
+        for dp in divisors(tp) if attn_dp_size is None else [attn_dp_size]:
             for ep in divisors(tp):
+                layout = Parallelism(tp_size=tp, attn_dp_size=dp, ep_size=ep)
+                if dense:  # whose narrowest shards fit whatever the model
+                    layout = replace(layout, moe_dense_tp_size=1)
+                if not fits(family, config, layout):
+                    continue
                 for dense_tp in [*divisors(tp)[:-1], None] if dense else [None]:
-                    for dp_lm_head in (False, True) if dp > 1 else (False,):
-                        layout = Parallelism(
-                            tp_size=tp,
-                            attn_dp_size=dp,
-                            ep_size=ep,
-                            moe_dense_tp_size=dense_tp,
-                            enable_dp_lm_head=dp_lm_head,
-                        )
-                        if fits(family, config, layout):
-                            yield layout
+                    layout = replace(layout, moe_dense_tp_size=dense_tp)
+                    if dense_tp != 1 and dense and not fits(family, config, layout):
+                        continue
+                    yield layout
+                    if dp > 1:  # the vocabulary is padded to any number of ranks
+                        yield replace(layout, enable_dp_lm_head=True)
 
 
 def _advice(family: type[CausalLM], config: HFConfig, wrong: Parallelism) -> str:

@@ -463,7 +463,7 @@ def _taken(opened: OpenRequest, update: Update) -> Delta | None:
     try:
         return opened.reply.take(update)
     except BaseException:
-        _log.exception("%s: token %s", opened.request_id, update.token_id)
+        _log.exception("%s: tokens %s", opened.request_id, update.token_ids)
         return None
 
 

@@ -55,6 +55,9 @@ class SamplingFields(BaseModel):
     skip_special_tokens: bool | None = None
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
+    denoising_strategy: str | None = None
+    denoising_steps: int | None = None
+    confidence_threshold: float | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
     ebnf: Unsupported = None
     structural_tag: Unsupported = None
@@ -92,6 +95,9 @@ class SamplingFields(BaseModel):
             "ignore_eos": self.ignore_eos,
             "json_schema": schema,
             "regex": self.regex,
+            "denoising_strategy": self.denoising_strategy,
+            "denoising_steps": self.denoising_steps,
+            "confidence_threshold": self.confidence_threshold,
         }
         given = {name: value for name, value in fields.items() if value is not None}
         return SamplingParams(**{**defaults, **given, **more})

@@ -174,6 +174,7 @@ def _add_information(router: APIRouter, engine: AsyncEngine) -> None:
                 **settings,
                 "model_path": config.engine.model_path or str(info.folder),
                 "context_length": info.context_length,
+                "page_size": info.page_size,
                 "dtype": info.dtype,
                 "device": info.device,
                 "version": __version__,

@@ -1,6 +1,15 @@
 """Checkpoints: where they lie, and how a rank reads its part."""
 
-from isomoe.weights.load import load_dummy, load_safetensors
+from isomoe.weights.load import LoadReport, load_dummy, load_safetensors
+from isomoe.weights.quantization import Quantization, read_quantization
 from isomoe.weights.source import bundled_checkpoint, resolve
 
-__all__ = ["bundled_checkpoint", "load_dummy", "load_safetensors", "resolve"]
+__all__ = [
+    "LoadReport",
+    "Quantization",
+    "bundled_checkpoint",
+    "load_dummy",
+    "load_safetensors",
+    "read_quantization",
+    "resolve",
+]

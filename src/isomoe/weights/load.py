@@ -1,27 +1,40 @@
-"""Fills a rank's weights from safetensors files, reading only what the rank keeps."""
+"""Fills a rank's weights from a checkpoint, reading only what the rank keeps."""
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from isomoe.blocks import WeightSlice
 from isomoe.errors import CheckpointError
+from isomoe.weights.files import Box, TensorFiles
+from isomoe.weights.quantization import Quantization
+from isomoe.weights.stored import Stored, stored_tensors
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 
-_INDEX = "model.safetensors.index.json"
 _LISTED = 8
-_FLOATS = ("BF16", "F16", "F32")
 DUMMY_STD = 0.02
 """Standard deviation of dummy weights, as models of these families are initialised."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a rank has read.
+
+    Attributes:
+        bytes_read: of each tensor in the files, scales too; those that were not read are absent.
+    """
+
+    bytes_read: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(self.bytes_read.values())
 
 
 def load_safetensors(
@@ -29,48 +42,62 @@ def load_safetensors(
     wanted: Iterable[WeightSlice],
     ignores: Callable[[str], bool],
     progress: Progress | None = None,
-) -> None:
+    canonical: Callable[[str], str] = str,
+    quantization: Quantization | None = None,
+) -> LoadReport:
     """Fills every slice of `wanted` from the checkpoint in `folder`.
 
-    Only the slices are read, so the peak is this rank's shard plus one tensor.
+    Only the slices are read, so the peak is this rank's shard plus one matrix in fp32.
 
     Args:
-        ignores: whether a tensor that nothing wants may be in the checkpoint.
+        ignores: whether a tensor that nothing wants may be in the checkpoint; takes canonical
+            names.
+        canonical: the name that slices have for a tensor of the checkpoint. Scales go with what
+            they scale, so it never sees theirs.
+        quantization: how weights are kept, as `read_quantization` gives it.
 
     Raises:
-        CheckpointError: listing every tensor that is missing, unexpected or of another shape, and
-            any file that is missing or truncated.
+        CheckpointError: listing every tensor that is missing, unexpected, of another shape or
+            dtype, or claims the name of another; or any file that is missing or truncated.
+            Nothing has been read then.
     """
-    by_source: dict[str, list[WeightSlice]] = {}
+    pieces_of: dict[str, list[WeightSlice]] = {}
     for piece in wanted:
-        by_source.setdefault(piece.source, []).append(piece)
-    files = _tensor_files(folder)
-    faults = [f"missing {name}" for name in by_source if name not in files]
+        pieces_of.setdefault(piece.source, []).append(piece)
+    files = TensorFiles(folder)
+    stored: dict[str, Stored] = {}
+    faults = []
+    for tensor in stored_tensors(files, quantization):
+        first = stored.setdefault(name := canonical(tensor.name), tensor)
+        if first is not tensor:
+            faults.append(f"{first.made_of[0]} and {tensor.made_of[0]} are both {name}")
+    faults += [f"missing {name}" for name in pieces_of if name not in stored]
     faults += [
-        f"unexpected {name}" for name in files if name not in by_source and not ignores(name)
+        f"unexpected {tensor.made_of[0]}"
+        for name, tensor in stored.items()
+        if name not in pieces_of and not ignores(name)
     ]
-    by_file: dict[Path, list[str]] = {}
-    for name, file in files.items():
-        if name in by_source:
-            by_file.setdefault(file, []).append(name)
-    done = 0
-    for file, names in by_file.items():
-        with _opened(file) as tensors:
-            for name in names:
-                faults += _fill(tensors, name, by_source[name])
-                done += 1
-                if progress is not None:
-                    progress(done, len(by_source))
+    # File by file, since few are open at a time.
+    todo = [(tensor, pieces_of[name]) for name, tensor in stored.items() if name in pieces_of]
+    todo.sort(key=lambda one: str(files.file_of[one[0].made_of[0]]))
+    for tensor, pieces in todo:
+        faults += tensor.faults() or _misfits(tensor, pieces)
     if faults:
         more = f", and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise CheckpointError(f"{folder}: {'; '.join(faults[:_LISTED])}{more}")
+    for done, (tensor, pieces) in enumerate(todo, 1):
+        _fill(tensor, pieces)
+        if progress is not None:
+            progress(done, len(todo))
+    return LoadReport(dict(files.bytes_read))
 
 
 def load_dummy(wanted: Iterable[WeightSlice], seed: int) -> None:
     """Random weights that are the same for a seed on every layout.
 
     Each tensor is drawn whole from a generator seeded with its name, then cut. Matrices are
-    normal(0, DUMMY_STD); vectors are norms or biases: 1 plus the same noise, or the noise.
+    normal(0, DUMMY_STD); vectors are norms or biases: 1 plus the same noise, or the noise. A norm
+    kept less one gets its one from `plus`.
     They are drawn where they will lie, and a GPU draws other numbers than a CPU.
     """
     for piece in wanted:
@@ -80,57 +107,55 @@ def load_dummy(wanted: Iterable[WeightSlice], seed: int) -> None:
         device = piece.out.device
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
         full = torch.randn(piece.shape, generator=generator, device=device).mul_(DUMMY_STD)
-        if len(piece.shape) == 1 and not piece.source.endswith("bias"):
-            full += 1
+        norm = len(piece.shape) == 1 and not piece.source.endswith("bias")
+        if offset := piece.plus or float(norm):
+            full += offset
         piece.out.copy_(full[piece.index])
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor, by the index or by looking into the only file."""
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors ({error})") from None
-        absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-        if absent:
-            raise CheckpointError(
-                f"{folder}: {len(absent)} shard file(s) of the index are missing: "
-                f"{', '.join(absent[:_LISTED])}"
-            )
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise CheckpointError(f"{folder}: neither {_INDEX} nor model.safetensors is there")
-    with _opened(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
+def _misfits(tensor: Stored, pieces: list[WeightSlice]) -> list[str]:
+    return [
+        f"{tensor.name} is {list(tensor.shape)}, the config says {list(shape)}"
+        for shape in dict.fromkeys(piece.shape for piece in pieces)
+        if shape != tensor.shape
+    ]
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size if file.exists() else 0
-        raise CheckpointError(
-            f"{file}: truncated or no safetensors file ({size} bytes; {error})"
-        ) from None
+def _fill(tensor: Stored, pieces: list[WeightSlice]) -> None:
+    """Fills one tensor's slices. What several of them cover is read once."""
+    sharing: dict[Box, list[WeightSlice]] = {}
+    for whole in pieces:
+        for piece in _matrices(whole):
+            sharing.setdefault(_covering(piece), []).append(piece)
+    for box, some in sharing.items():
+        part = tensor.read(box, some[0].out.device)
+        for piece in some:
+            ranges = (one.indices(n) for one, n in zip(piece.index, piece.shape, strict=True))
+            kept = part[
+                tuple(
+                    slice(start - at, stop - at, step)
+                    for (start, stop, step), (at, _) in zip(ranges, box, strict=True)
+                )
+            ]
+            piece.out.copy_(kept.float() + piece.plus if piece.plus else kept)
 
 
-def _fill(tensors: Any, name: str, pieces: list[WeightSlice]) -> list[str]:
-    """Fills one tensor's slices; returns what is wrong with it."""
-    if name not in tensors.keys():  # noqa: SIM118 - the file is no mapping
-        return [f"missing {name} (the index names a file that lacks it)"]
-    stored = tensors.get_slice(name)
-    shape = tuple(stored.get_shape())
-    if stored.get_dtype() not in _FLOATS:
-        return [f"{name} is {stored.get_dtype()}, and {', '.join(_FLOATS)} can be read"]
-    for piece in pieces:
-        if shape != piece.shape:
-            return [f"{name} is {list(shape)}, the config says {list(piece.shape)}"]
-        if piece.out.numel():
-            part: Tensor = stored[piece.index]
-            piece.out.copy_(part)
-    return []
+def _matrices(piece: WeightSlice) -> Iterator[WeightSlice]:
+    """A slice of stacked matrices, matrix by matrix: dequantising needs room for one then."""
+    if not piece.out.numel():
+        return
+    if len(piece.shape) < 3:
+        yield piece
+        return
+    first, *others = piece.index
+    for at, one in enumerate(range(*first.indices(piece.shape[0]))):
+        yield replace(piece, index=(slice(one, one + 1), *others), out=piece.out[at : at + 1])
+
+
+def _covering(piece: WeightSlice) -> Box:
+    """The contiguous part that a slice is cut from, the same for slices that take turns."""
+    ranges = (one.indices(size) for one, size in zip(piece.index, piece.shape, strict=True))
+    return tuple(
+        (start // step * step, min(-(-stop // step) * step, size))
+        for (start, stop, step), size in zip(ranges, piece.shape, strict=True)
+    )

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,8 @@ from torch import Tensor
 
 import gpu_interpreter  # noqa: F401
 from gpu_support import BOUND, DEVICE, ON_GPU, relative_error
+from isomoe.kernels import ClampedSwiGlu, ExpertForm, SwiGlu
+from isomoe.kernels.experts import PLAIN
 from isomoe.kernels.gpu import experts_few, experts_grouped, grouped_tiles
 from isomoe.kernels.gpu.align import align
 from isomoe.kernels.gpu.configs import Config, trying
@@ -50,20 +54,48 @@ def make(
     return x, gate_up, down, ids, weights
 
 
-def reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def reference(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    form: ExpertForm = PLAIN,
+) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float64)
     for expert in range(gate_up.shape[0]):
         rows, ks = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (x[rows].double() @ gate_up[expert].double().T).chunk(2, dim=1)
-        outputs = (F.silu(gate) * up) @ down[expert].double().T
-        out.index_add_(0, rows, outputs * weights[rows, ks].double()[:, None])
+        by = weights[rows, ks].double()[:, None]
+        given = x[rows].double() * (by if form.scales_input else 1)
+        both = given @ gate_up[expert].double().T
+        if form.gate_up_bias is not None:
+            both += form.gate_up_bias[expert].double()
+        gate, up = both.chunk(2, dim=1)
+        match form.activation:
+            case SwiGlu(limit=None):
+                inner = F.silu(gate) * up
+            case SwiGlu(limit=limit):
+                inner = F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+            case ClampedSwiGlu(limit=limit, alpha=alpha):
+                gate = gate.clamp(max=limit)
+                inner = gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
+        outputs = inner @ down[expert].double().T
+        if form.down_bias is not None:
+            outputs += form.down_bias[expert].double()
+        out.index_add_(0, rows, outputs * (1 if form.scales_input else by))
     return out
 
 
-def check(inputs: tuple[Tensor, ...], fused=fused_experts) -> None:
-    out = fused(*(tensor.to(DEVICE) for tensor in inputs))
+def check(inputs: tuple[Tensor, ...], fused=fused_experts, form: ExpertForm = PLAIN) -> None:
+    biases = {
+        name: bias.to(DEVICE)
+        for name in ("gate_up_bias", "down_bias")
+        if (bias := getattr(form, name)) is not None
+    }
+    given = [tensor.to(DEVICE) for tensor in inputs]
+    out = fused(*given) if form is PLAIN else fused(*given, replace(form, **biases))
     assert out.dtype == inputs[0].dtype
-    assert relative_error(out, reference(*inputs)) < BOUND[out.dtype]
+    assert relative_error(out, reference(*inputs, form)) < BOUND[out.dtype]
     none = (inputs[3] < 0).all(1)
     assert (out.cpu()[none] == 0).all()
 
@@ -85,6 +117,32 @@ def test_any_sizes(
     rows: int, top_k: int, experts: int, hidden: int, size: int, dtype: torch.dtype
 ) -> None:
     check(make(rows, top_k, experts, hidden, size, dtype))
+
+
+FORMS = {
+    "limit": ExpertForm(activation=SwiGlu(limit=0.7)),
+    "clamped": ExpertForm(activation=ClampedSwiGlu(limit=0.9)),
+    "input": ExpertForm(scales_input=True),
+    "biases": ExpertForm(),
+    "all": ExpertForm(activation=ClampedSwiGlu(limit=0.9), scales_input=True),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 21])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_form(dtype: torch.dtype, form: str, rows: int) -> None:
+    experts, hidden, size = 12, 72, 44
+    inputs = make(rows, 3, experts, hidden, size, dtype)
+    found = FORMS[form]
+    if form in ("biases", "all"):
+        gate_up, down = torch.randn(experts, 2 * size), torch.randn(experts, hidden)
+        found = replace(found, gate_up_bias=gate_up.to(dtype), down_bias=down.to(dtype))
+    check(inputs, form=found)
+    if rows > 2:
+        config = {**grouped_tiles.FP32, "BLOCK_N": 64, "BLOCK_K": 64, "SWAP": 1}
+        with trying(experts_grouped.GATE_UP, config), trying(experts_grouped.DOWN, config):
+            check(inputs, grouped_experts, found)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="too large for the interpreter")

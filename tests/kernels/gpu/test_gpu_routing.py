@@ -5,10 +5,14 @@ from torch import Tensor
 import gpu_interpreter  # noqa: F401
 from gpu_support import DEVICE
 from isomoe.kernels.gpu.routing import route
-from isomoe.kernels.routing import topk_softmax
+from isomoe.kernels.routing import Routing, choose
 
 # The interpreter's numpy warns of NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def topk_softmax(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    return choose(logits, Routing(top_k=k, renormalize=renormalize))
 
 
 def on_device(logits: Tensor, k: int, renormalize: bool, **options) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,15 @@
 """The kernels in Triton, for GPUs. The plain-torch modules beside this package are the twins."""
 
-from isomoe.kernels.gpu.attention import attend
+from isomoe.kernels.gpu.attention import attend, paged_attention
 from isomoe.kernels.gpu.experts import fused_experts
 from isomoe.kernels.gpu.ffn import silu_and_mul
+from isomoe.kernels.gpu.lightning import lightning_attention
 from isomoe.kernels.gpu.linear import linear
+from isomoe.kernels.gpu.mla import latent_attention
 from isomoe.kernels.gpu.norm import add_rms_norm, rms_norm
 from isomoe.kernels.gpu.routing import route
 from isomoe.kernels.gpu.sampling import chosen_logprobs, draw, greedy
+from isomoe.kernels.gpu.write_kv import write_kv
 
 __all__ = [
     "add_rms_norm",
@@ -15,8 +18,12 @@ __all__ = [
     "draw",
     "fused_experts",
     "greedy",
+    "latent_attention",
+    "lightning_attention",
     "linear",
+    "paged_attention",
     "rms_norm",
     "route",
     "silu_and_mul",
+    "write_kv",
 ]

@@ -1,6 +1,7 @@
 """Flash attention of requests' new rows over their paged keys.
 
-T: rows   N: query heads   K: KV heads   G = N / K: query heads a KV head   d: head dim
+T: rows   N: query heads   K: KV heads   G = N / K: query heads a KV head   D, V: dims of a key, of
+a value
 
 Source: Dao, FlashAttention-2 (2023).
 """
@@ -14,35 +15,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomoe.kernels.attention import Heads
 from isomoe.kernels.gpu.configs import Config, find
+from isomoe.kernels.gpu.head_blocks import WIDE, head_blocks, head_shape
 from isomoe.kernels.paged_rows import PagedRows
 
 _LOG2_E = 1.4426950408889634
 
 
 def prefill_attention(
-    q: Tensor, kv_cache: Tensor, rows: PagedRows, scale: float, out: Tensor
+    q: Tensor, kv_cache: Tensor, rows: PagedRows, heads: Heads, sinks: Tensor | None, out: Tensor
 ) -> None:
     """Fills the prefills' rows of `out`, one launch.
 
-    q: [T, N, d], T and N may be strided; kv_cache: [pages, page, 2K, d] contiguous, in q's dtype,
-    the new rows already written; out: [T, N, d] contiguous. A tile holds neighbouring rows for all
-    G heads of a KV head, so that a few new rows fill one too. Softmax and sums are fp32.
+    q: [T, N, D], T and N may be strided; kv_cache: [pages, page, width] contiguous, in q's dtype,
+    the new rows already written; sinks: [N] fp32; out: [T, N, V] contiguous. A tile holds
+    neighbouring rows for all G heads of a KV head, so that a few new rows fill one too. Softmax
+    and sums are fp32.
     """
-    heads, dim = q.shape[1], q.shape[2]
-    kv_heads = kv_cache.shape[2] // 2
-    group = heads // kv_heads
+    blocks = head_blocks(heads)
     prefills = len(rows.prefill_lens)
     new_rows = sum(new for new, _ in rows.prefill_lens)
-    config = _config(q.dtype, new_rows, heads, kv_heads, dim)
+    config = _config(q.dtype, new_rows, heads)
     # A prefill's first tile is its first row's in a tiling of all rows without gaps, plus one for
     # each prefill before it: room for any number of rows, known without a look at the device.
-    tiles = new_rows * group // config["BLOCK_M"] + prefills
-    _prefill_attention[(tiles * kv_heads,)](
+    tiles = new_rows * blocks["GROUP"] // config["BLOCK_M"] + prefills
+    _prefill_attention[(tiles * heads.kv,)](
         q,
         q.stride(0),
         q.stride(1),
         kv_cache,
+        q if sinks is None else sinks,
         out,
         rows.prefill_starts,
         prefills,
@@ -50,13 +53,12 @@ def prefill_attention(
         rows.positions,
         rows.block_tables,
         rows.block_tables.stride(0),
-        scale * _LOG2_E,
-        GROUP=group,
-        KV_HEADS=kv_heads,
-        D=dim,
+        heads.scale * _LOG2_E,
         PAGE=rows.page_size,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        SINKS=sinks is not None,
+        SPAN_BLOCK=heads.span.block or 0,
         BLOCK_P=max(16, triton.next_power_of_2(prefills)),
+        **blocks,
         **config,
     )
 
@@ -64,7 +66,8 @@ def prefill_attention(
 def fresh_prefill(q: Tensor, k: Tensor, v: Tensor, rows: PagedRows, scale: float) -> Tensor:
     """The rows of prefill, where none has earlier context, by torch: a call for a run of equals.
 
-    q: [T, N, d]; k, v: [T, K, d], rotated, strides free but the last. Returns [rows, N, d].
+    Causal. q: [T, N, D]; k: [T, K, D], v: [T, K, V], rotated, strides free but the last. Returns
+    [rows, N, V].
     """
     grouped = q.shape[1] != k.shape[1]
     start = rows.num_decodes
@@ -114,19 +117,23 @@ def candidates(num_rows: int) -> Iterator[Config]:
                 }
 
 
-def _config(dtype: torch.dtype, num_rows: int, heads: int, kv_heads: int, dim: int) -> Config:
+def _config(dtype: torch.dtype, num_rows: int, heads: Heads) -> Config:
+    dim, wide = heads.qk_dim, heads.v_dim > WIDE // 2
     if dtype.itemsize > 2:
         block_n = 32 if dim <= 128 else 16
-        return {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 2}
-    few = num_rows * (heads // kv_heads) <= 64
-    if dim > 128:
+        stages = 1 if wide else 2
+        return {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 8, "num_stages": stages}
+    few = num_rows * (heads.query // heads.kv) <= 64
+    if wide:
+        default = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    elif dim > 128:
         block_m = 64 if few else 128
         default = {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     elif few:
         default = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     else:
         default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    return find("prefill_attention", (heads, kv_heads, dim), num_rows, default)
+    return find("prefill_attention", head_shape(heads), num_rows, default)
 
 
 @triton.jit(do_not_specialize=["prefills"])  # type: ignore[untyped-decorator]
@@ -135,6 +142,7 @@ def _prefill_attention(  # type: ignore[no-untyped-def]
     q_row,
     q_head,
     cache,
+    sinks,
     out,
     starts,
     prefills,
@@ -146,10 +154,20 @@ def _prefill_attention(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LATENT: tl.constexpr,
+    MAIN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPAN_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Program tile * K + KV head; the tiles of a request from its last rows to its first."""
@@ -177,37 +195,65 @@ def _prefill_attention(  # type: ignore[no-untyped-def]
     flat = place * BLOCK_M + tl.arange(0, BLOCK_M)
     new_row = flat // GROUP
     column = tl.arange(0, BLOCK_D)
-    inside = column < D
-    here = (new_row < new)[:, None] & inside[None, :]
+    inside = column < MAIN
     row = (begin + new_row).to(tl.int64)[:, None]
     query_head = (head * GROUP + flat % GROUP)[:, None]
-    queries = tl.load(q + row * q_row + query_head * q_head + column[None, :], mask=here, other=0.0)
+    query_at = q + row * q_row + query_head * q_head
+    filled = (new_row < new)[:, None]
+    queries = tl.load(query_at + column[None, :], mask=filled & inside[None, :], other=0.0)
+    other_queries = queries
+    if BLOCK_R:
+        rest = MAIN + tl.arange(0, BLOCK_R)
+        other_queries = tl.load(
+            query_at + rest[None, :], mask=filled & (rest < D)[None, :], other=0.0
+        )
 
     position = context + new_row
     final = tl.minimum((place + 1) * BLOCK_M, new * GROUP) - 1
     end = context + final // GROUP + 1
+    first = context + place * BLOCK_M // GROUP
+    # Each row sees the keys from `lowest` to `position`.
+    lowest = position
+    if SPAN_BLOCK:
+        position = tl.minimum((position // SPAN_BLOCK + 1) * SPAN_BLOCK, context + new) - 1
+        end = tl.minimum(((end - 1) // SPAN_BLOCK + 1) * SPAN_BLOCK, context + new)
     # Keys below `clear` are seen by every row of the tile.
-    clear = (context + place * BLOCK_M // GROUP + 1) // BLOCK_N * BLOCK_N
+    low = 0
+    clear = (first + 1) // BLOCK_N * BLOCK_N
+    if CHUNK:
+        lowest = position // CHUNK * CHUNK
+        low = first // CHUNK * CHUNK // BLOCK_N * BLOCK_N
+    if WINDOW:
+        lowest = tl.maximum(position - WINDOW + 1, 0)
+        low = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     end = tl.where(table_row >= 0, end, 0)
     clear = tl.where(table_row >= 0, clear, 0)
 
     table = tables + table_row.to(tl.int64) * table_stride
-    source = cache + (head * D + column)[None, :]
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if SINKS:
+        # A sink is one more key of value zero.
+        top = tl.load(sinks + head * GROUP + flat % GROUP) * 1.4426950408889634
+        total += 1.0
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if not (WINDOW or CHUNK):
+        acc, top, total = _attend(
+            acc, top, total, queries, other_queries, lowest, position, cache, head, table,
+            0, clear, end, scale_log2, KV_HEADS, D, DV, WIDTH, LATENT, MAIN, PAGE,
+            BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V, False, False,
+        )  # fmt: skip
+        low = clear
     acc, top, total = _attend(
-        acc, top, total, queries, position, source, table, inside, 0, clear, end,
-        scale_log2, KV_HEADS, D, PAGE, BLOCK_N, D != BLOCK_D, False,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, queries, position, source, table, inside, clear, end, end,
-        scale_log2, KV_HEADS, D, PAGE, BLOCK_N, D != BLOCK_D, True,
+        acc, top, total, queries, other_queries, lowest, position, cache, head, table,
+        low, end, end, scale_log2, KV_HEADS, D, DV, WIDTH, LATENT, MAIN, PAGE,
+        BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V, True, WINDOW + CHUNK > 0,
     )  # fmt: skip
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    target = out + (row * (KV_HEADS * GROUP) + query_head) * D + column[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=here)
+    value_column = tl.arange(0, BLOCK_V)
+    target = out + (row * (KV_HEADS * GROUP) + query_head) * DV + value_column[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=filled & (value_column < DV)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -216,51 +262,84 @@ def _attend(  # type: ignore[no-untyped-def]
     top,
     total,
     queries,
+    other_queries,
+    lowest,
     position,
-    source,
+    cache,
+    head,
     table,
-    inside,
     begin,
     stop,
     end,
     scale_log2,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LATENT: tl.constexpr,
+    MAIN: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    UPPER: tl.constexpr,
+    LOWER: tl.constexpr,
 ):
     """Adds the tiles of keys from `begin` to `stop`; keys from `end` on are not read.
 
-    RAGGED: d is less than its block. CAUSAL: not all rows see all these keys.
+    UPPER: not all rows see the last of these keys. LOWER: nor the first of them.
     """
     lane = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < MAIN
+    value_column = tl.arange(0, BLOCK_V)
+    value_inside = value_column < DV
+    source = cache + (head * D + column)[None, :]
+    value_source = cache + (KV_HEADS * D + head * DV + value_column)[None, :]
     ahead = begin + lane
     page = tl.load(table + ahead // PAGE, mask=ahead < end, other=0)
     for start in range(begin, stop, BLOCK_N):
         key = start + lane
         token = page.to(tl.int64) * PAGE + key % PAGE
-        place = source + token[:, None] * (2 * KV_HEADS * D)
-        if CAUSAL:
-            unmasked = (key < end)[:, None] & inside[None, :]
-            keys = tl.load(place, mask=unmasked, other=0.0)
-            values = tl.load(place + KV_HEADS * D, mask=unmasked, other=0.0)
-        elif RAGGED:
+        place = source + token[:, None] * WIDTH
+        value_place = value_source + token[:, None] * WIDTH
+        if UPPER:
+            known = (key < end)[:, None]
+            keys = tl.load(place, mask=known & inside[None, :], other=0.0)
+        elif MAIN != BLOCK_D:
             keys = tl.load(place, mask=inside[None, :], other=0.0)
-            values = tl.load(place + KV_HEADS * D, mask=inside[None, :], other=0.0)
         else:
             keys = tl.load(place)
-            values = tl.load(place + KV_HEADS * D)
+        if LATENT:
+            values = keys
+        elif UPPER:
+            values = tl.load(value_place, mask=known & value_inside[None, :], other=0.0)
+        elif DV != BLOCK_V:
+            values = tl.load(value_place, mask=value_inside[None, :], other=0.0)
+        else:
+            values = tl.load(value_place)
         # The next tile's pages, an iteration early: its keys then need not wait for them.
         ahead = key + BLOCK_N
         page = tl.load(table + ahead // PAGE, mask=ahead < end, other=0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if CAUSAL:
+        if BLOCK_R:
+            rest = MAIN + tl.arange(0, BLOCK_R)
+            other_place = cache + (head * D + rest)[None, :] + token[:, None] * WIDTH
+            read = (key < end)[:, None] & (rest < D)[None, :]
+            others = tl.load(other_place, mask=read, other=0.0)
+            scores = tl.dot(other_queries, tl.trans(others), scores, input_precision="ieee")
+        if UPPER:
             scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        if LOWER:
+            scores = tl.where(key[None, :] >= lowest[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
+        base = new_top
+        if LOWER:
+            # A row that has not come to its first key yet.
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores * scale_log2 - base[:, None])
+        shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, axis=1)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")

@@ -12,12 +12,18 @@ from isomoe.kernels.gpu.launch import overlapped
 
 
 def combine(
-    outputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype, *, sorted_order: bool
+    outputs: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    *,
+    sorted_order: bool,
+    weighted: bool = True,
 ) -> Tensor:
     """[T, H] in `dtype`: each row's weighted sum of its pairs' outputs, in the order of its ids.
 
     outputs: [P, H] by pair or, `sorted_order`, [.., H] by slot; slots: [P], -1: absent (its
-    output is not read); weights: [T, K] fp32.
+    output is not read); weights: [T, K] fp32, taken for ones if not `weighted`.
     """
     rows, top_k = weights.shape
     hidden = outputs.shape[1]
@@ -31,6 +37,7 @@ def combine(
         TOP_K=top_k,
         H=hidden,
         SORTED=sorted_order,
+        WEIGHTED=weighted,
         BLOCK_H=block,
         num_warps=4 if block > 512 else 2,
         **overlapped(),
@@ -47,6 +54,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     SORTED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -62,8 +70,10 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
         slot = tl.load(slots_ptr + pair)
         source = slot.to(tl.int64) if SORTED else pair
         here = slot >= 0
-        # The weight of an absent expert may be anything, NaN too.
-        weight = tl.where(here, tl.load(weights_ptr + pair), 0.0)
         value = tl.load(outputs_ptr + source * H + unit, mask=inside & here, other=0.0)
-        total += weight * value.to(tl.float32)
+        value = value.to(tl.float32)
+        if WEIGHTED:
+            # The weight of an absent expert may be anything, NaN too.
+            value *= tl.where(here, tl.load(weights_ptr + pair), 0.0)
+        total += value
     tl.store(out_ptr + row * H + unit, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomoe.kernels.experts import PLAIN, ExpertForm
 from isomoe.kernels.gpu.configs import Config, find
+from isomoe.kernels.gpu.ffn import activated, activation_kind
 from isomoe.kernels.gpu.launch import overlapped
 
 GATE_UP = "experts_few_gate_up"
@@ -21,7 +23,12 @@ DOWN = "experts_few_down"
 
 
 def few_rows_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    form: ExpertForm = PLAIN,
 ) -> Tensor:
     """`fused_experts` for rows that hardly share an expert."""
     rows, hidden = x.shape
@@ -32,7 +39,20 @@ def few_rows_experts(
     out = torch.empty_like(x)
     config = find(GATE_UP, shape, rows, _default_gate_up(hidden))
     _few_gate_up[(triton.cdiv(size, config["BLOCK_I"]), rows * top_k)](
-        x, gate_up, topk_ids, act, TOP_K=top_k, H=hidden, SIZE=size, **config, **overlapped()
+        x,
+        gate_up,
+        topk_ids,
+        topk_weights,
+        gate_up if form.gate_up_bias is None else form.gate_up_bias,
+        act,
+        TOP_K=top_k,
+        H=hidden,
+        SIZE=size,
+        SCALED=form.scales_input,
+        BIASED=form.gate_up_bias is not None,
+        **activation_kind(form.activation),
+        **config,
+        **overlapped(),
     )
     config = find(DOWN, shape, rows, _default_down(size))
     _few_down[(triton.cdiv(hidden, config["BLOCK_H"]), rows)](
@@ -40,11 +60,14 @@ def few_rows_experts(
         down,
         topk_ids,
         topk_weights,
+        down if form.down_bias is None else form.down_bias,
         out,
         TOP_K=top_k,
         BLOCK_K=triton.next_power_of_2(top_k),
         H=hidden,
         SIZE=size,
+        SCALED=form.scales_input,
+        BIASED=form.down_bias is not None,
         **config,
         **overlapped(),
     )
@@ -109,17 +132,24 @@ def _few_gate_up(  # type: ignore[no-untyped-def]
     x_ptr,
     gate_up_ptr,
     ids_ptr,
+    weights_ptr,
+    bias_ptr,
     act_ptr,
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    KIND: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """act [T * K, I]: silu(gate) * up of a pair, for a tile of I."""
+    """act [T * K, I]: gate and up to one, of a pair, for a tile of I."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -154,7 +184,16 @@ def _few_gate_up(  # type: ignore[no-untyped-def]
         up += tl.sum(tl.reshape(up_weights.to(tl.float32) * x, (BLOCK_I, BLOCK_H // 8, 8)), axis=2)
     gate_sum = tl.sum(gate, axis=1)
     up_sum = tl.sum(up, axis=1)
-    act = gate_sum / (1.0 + tl.exp(-gate_sum)) * up_sum
+    if SCALED:
+        # The products are linear in x.
+        weight = tl.load(weights_ptr + pair)
+        gate_sum *= weight
+        up_sum *= weight
+    if BIASED:
+        bias = bias_ptr + expert * (2 * SIZE) + unit_read
+        gate_sum += tl.load(bias).to(tl.float32)
+        up_sum += tl.load(bias + SIZE).to(tl.float32)
+    act = activated(gate_sum, up_sum, KIND, LIMIT, ALPHA)
     out = act_ptr + pair.to(tl.int64) * SIZE + unit
     tl.store(out, act.to(act_ptr.dtype.element_ty), mask=unit < SIZE)
 
@@ -165,11 +204,14 @@ def _few_down(  # type: ignore[no-untyped-def]
     down_ptr,
     ids_ptr,
     weights_ptr,
+    bias_ptr,
     out_ptr,
     TOP_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     H: tl.constexpr,
     SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
@@ -212,5 +254,10 @@ def _few_down(  # type: ignore[no-untyped-def]
         product = weights.to(tl.float32) * act.to(tl.float32)[None, :, :]
         total += tl.sum(tl.reshape(product, (BLOCK_H, BLOCK_K, BLOCK_I // 8, 8)), axis=3)
     # What an absent expert gave, and its weight, may be anything, NaN too.
-    weighted = tl.where(here[None, :], tl.sum(total, axis=2) * weight[None, :], 0.0)
+    each = tl.sum(total, axis=2)
+    if BIASED:
+        each += tl.load(bias_ptr + expert[None, :] * H + unit_read[:, None]).to(tl.float32)
+    if not SCALED:
+        each *= weight[None, :]
+    weighted = tl.where(here[None, :], each, 0.0)
     tl.store(out, tl.sum(weighted, axis=1).to(out_ptr.dtype.element_ty), mask=unit < H)

@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from isomoe.kernels.experts import PLAIN, ExpertForm
 from isomoe.kernels.gpu.align import Aligned, align
 from isomoe.kernels.gpu.combine import combine
 from isomoe.kernels.gpu.configs import Config, find
+from isomoe.kernels.gpu.ffn import activated, activation_kind
 from isomoe.kernels.gpu.grouped_tiles import FP32, default_down, default_gate_up
 from isomoe.kernels.gpu.launch import overlapped
 
@@ -30,7 +32,12 @@ _EXACT_PAIRS = 4096
 
 
 def grouped_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    form: ExpertForm = PLAIN,
 ) -> Tensor:
     """`fused_experts` for any number of rows."""
     rows, hidden = x.shape
@@ -44,16 +51,30 @@ def grouped_experts(
     config = FP32 if exact else default_gate_up(pairs, experts)
     config = find(GATE_UP, shape, rows, config)
     aligned = align(topk_ids, experts, config["BLOCK_M"])
-    act = _gate_up(x, gate_up, aligned, top_k, config)
+    act = _gate_up(x, gate_up, aligned, topk_weights, form, config)
     config = find(DOWN, shape, rows, FP32 if exact else default_down(pairs, experts))
     dtype = torch.float32 if pairs <= _EXACT_PAIRS else x.dtype
     outputs = torch.empty((pairs, hidden), dtype=dtype, device=x.device)
-    _down(act, down, aligned, outputs, config)
-    return combine(outputs, aligned.slots, topk_weights, x.dtype, sorted_order=False)
+    _down(act, down, aligned, form, outputs, config)
+    return combine(
+        outputs,
+        aligned.slots,
+        topk_weights,
+        x.dtype,
+        sorted_order=False,
+        weighted=not form.scales_input,
+    )
 
 
-def _gate_up(x: Tensor, weight: Tensor, aligned: Aligned, top_k: int, config: Config) -> Tensor:
-    """[S, I] in x's dtype: silu(gate) * up of each slot; zeros where it is empty."""
+def _gate_up(
+    x: Tensor,
+    weight: Tensor,
+    aligned: Aligned,
+    topk_weights: Tensor,
+    form: ExpertForm,
+    config: Config,
+) -> Tensor:
+    """[S, I] in x's dtype: gate and up to one, of each slot; anything where it is empty."""
     _, twice, hidden = weight.shape
     size = twice // 2
     act = torch.empty((aligned.max_tiles * aligned.block, size), dtype=x.dtype, device=x.device)
@@ -62,21 +83,33 @@ def _gate_up(x: Tensor, weight: Tensor, aligned: Aligned, top_k: int, config: Co
     _gate_up_kernel[(aligned.max_tiles * tiles_n,)](
         x,
         _operand(weight, config),
+        topk_weights,
+        weight if form.gate_up_bias is None else form.gate_up_bias,
         act,
         aligned.sorted_pairs,
         aligned.tile_experts,
         aligned.slots.numel(),
         aligned.max_tiles,
-        TOP_K=top_k,
+        TOP_K=topk_weights.shape[1],
         H=hidden,
         SIZE=size,
+        SCALED=form.scales_input,
+        BIASED=form.gate_up_bias is not None,
+        **activation_kind(form.activation),
         **config,
         **overlapped(),
     )
     return act
 
 
-def _down(act: Tensor, weight: Tensor, aligned: Aligned, outputs: Tensor, config: Config) -> None:
+def _down(
+    act: Tensor,
+    weight: Tensor,
+    aligned: Aligned,
+    form: ExpertForm,
+    outputs: Tensor,
+    config: Config,
+) -> None:
     """Writes each pair's row of `outputs` [P, H], but those without a local expert."""
     _, hidden, size = weight.shape
     config = _usable(config, act.dtype, size)
@@ -86,6 +119,7 @@ def _down(act: Tensor, weight: Tensor, aligned: Aligned, outputs: Tensor, config
     _down_kernel[(max_tiles * tiles_n,)](
         act,
         _operand(weight, config),
+        weight if form.down_bias is None else form.down_bias,
         outputs,
         aligned.sorted_pairs,
         aligned.tile_experts,
@@ -94,6 +128,7 @@ def _down(act: Tensor, weight: Tensor, aligned: Aligned, outputs: Tensor, config
         H=hidden,
         SIZE=size,
         SPLIT=aligned.block // block,
+        BIASED=form.down_bias is not None,
         **config,
         **overlapped(),
     )
@@ -143,6 +178,8 @@ def _load_weights(  # type: ignore[no-untyped-def]
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight,
+    weights_ptr,
+    bias_ptr,
     act_ptr,
     sorted_ptr,
     tile_experts_ptr,
@@ -151,6 +188,11 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    KIND: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -192,7 +234,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, H, BLOCK_K):
-        # An empty slot reads nothing; its zeros become zeros of act.
+        # An empty slot reads nothing.
         if H % BLOCK_K == 0:
             x = tl.load(x_tile + start, mask=filled[:, None], other=0.0)
         else:
@@ -206,7 +248,19 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         else:
             gate = tl.dot(x, gate_weights.T, gate, input_precision="ieee")
             up = tl.dot(x, up_weights.T, up, input_precision="ieee")
-    act = (gate / (1.0 + tl.exp(-gate)) * up).to(act_ptr.dtype.element_ty)
+    if SCALED:
+        # The products are linear in x.
+        by = tl.load(weights_ptr + pair, mask=filled, other=0.0)
+        by = by[None, :] if SWAP else by[:, None]
+        gate *= by
+        up *= by
+    if BIASED:
+        bias = bias_ptr + expert.to(tl.int64) * (2 * SIZE) + tl.minimum(unit, SIZE - 1)
+        gate_bias = tl.load(bias).to(tl.float32)
+        up_bias = tl.load(bias + SIZE).to(tl.float32)
+        gate += gate_bias[:, None] if SWAP else gate_bias[None, :]
+        up += up_bias[:, None] if SWAP else up_bias[None, :]
+    act = activated(gate, up, KIND, LIMIT, ALPHA).to(act_ptr.dtype.element_ty)
     if SWAP:
         act = act.T
     out = act_ptr + slot.to(tl.int64)[:, None] * SIZE + unit[None, :]
@@ -220,6 +274,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 def _down_kernel(  # type: ignore[no-untyped-def]
     act_ptr,
     weight,
+    bias_ptr,
     out_ptr,
     sorted_ptr,
     tile_experts_ptr,
@@ -228,6 +283,7 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -271,6 +327,10 @@ def _down_kernel(  # type: ignore[no-untyped-def]
             out = tl.dot(weights, act.T, out, input_precision="ieee")
         else:
             out = tl.dot(act, weights.T, out, input_precision="ieee")
+    if BIASED:
+        bias_at = bias_ptr + expert.to(tl.int64) * H + tl.minimum(unit, H - 1)
+        bias = tl.load(bias_at).to(tl.float32)
+        out += bias[:, None] if SWAP else bias[None, :]
     result = out.to(out_ptr.dtype.element_ty)
     if SWAP:
         result = result.T

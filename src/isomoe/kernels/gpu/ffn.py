@@ -1,4 +1,4 @@
-"""SwiGLU's activation.
+"""Activations of gated feed-forward layers.
 
 T: rows   I: intermediate size
 """
@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomoe.kernels.ffn import Activation, ClampedSwiGlu
 from isomoe.kernels.gpu.configs import Config, find
 from isomoe.kernels.gpu.launch import overlapped
 
 SILU = "silu_and_mul"
+_PLAIN, _LIMITED, _CLAMPED = 0, 1, 2
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -32,6 +34,15 @@ def silu_and_mul(x: Tensor) -> Tensor:
         grid = (triton.cdiv(count, config["ROWS"]), triton.cdiv(size, config["BLOCK_I"]))
         _silu_and_mul[grid](rows, out, count, rows.stride(0), I=size, **config, **overlapped())
     return out
+
+
+def activation_kind(activation: Activation) -> dict[str, float]:
+    """Compile-time numbers of an activation, for `activated`."""
+    if isinstance(activation, ClampedSwiGlu):
+        return {"KIND": _CLAMPED, "LIMIT": activation.limit, "ALPHA": activation.alpha}
+    if activation.limit is not None:
+        return {"KIND": _LIMITED, "LIMIT": activation.limit, "ALPHA": 0.0}
+    return {"KIND": _PLAIN, "LIMIT": 0.0, "ALPHA": 0.0}
 
 
 def _default(rows: int, size: int) -> Config:
@@ -79,3 +90,18 @@ def _silu_and_mul(  # type: ignore[no-untyped-def]
     gated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     out_at = out_ptr + row[:, None] * I + unit[None, :]
     tl.store(out_at, (gated * up).to(dtype), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def activated(gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`kernels.ffn.gated` of fp32 gate and up, in fp32."""
+    if KIND == 0:
+        out = gate / (1.0 + tl.exp(-gate)) * up
+    elif KIND == 1:
+        silu = gate / (1.0 + tl.exp(-gate))
+        out = tl.minimum(silu, LIMIT) * tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    else:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        out = gate / (1.0 + tl.exp(-gate * ALPHA)) * (up + 1.0)
+    return out

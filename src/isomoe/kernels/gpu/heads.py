@@ -1,6 +1,6 @@
 """From the QKV projection to the attention kernels: QK norm, rope and the KV write in one launch.
 
-T: rows   N: query heads   K: KV heads   d: head dim
+T: rows   N: query heads   K: KV heads   D: head dim   R: dims that turn
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isomoe.kernels.attention import Heads
 from isomoe.kernels.gpu.configs import Config, find
 from isomoe.kernels.gpu.launch import overlapped
 from isomoe.kernels.paged_rows import PagedRows
@@ -16,8 +17,7 @@ from isomoe.kernels.paged_rows import PagedRows
 
 def prepare_heads(
     qkv: Tensor,
-    num_heads: int,
-    kv_heads: int,
+    heads: Heads,
     norms: tuple[Tensor, Tensor, float] | None,
     cos: Tensor,
     sin: Tensor,
@@ -26,21 +26,22 @@ def prepare_heads(
     *,
     keys: Tensor | None = None,
 ) -> Tensor:
-    """Norms and rotates heads, writes keys and values to their pages; [T, N, d] in qkv's dtype.
+    """Norms and rotates heads, writes keys and values to their pages; [T, N, D] in qkv's dtype.
 
-    qkv: [T, (N + 2K) d], rows may be strided; norms: (q weight [d], k weight [d], eps) of an RMS
-    norm of each head, or None; cos, sin: [P, d] fp32 of `rope_table`, of which the first half of
-    cos and the second of sin are read; kv_cache: [pages, page, 2K, d] contiguous, mutated.
-    keys: [T, K, d] that also gets the rotated keys, such as the key columns of qkv itself, for
-    `fresh_prefill`. Rows of padding write nothing to the cache; they give what nobody may read.
+    For values of as many dims as keys. qkv: [T, (N + 2K) D], rows may be strided; norms: (q weight
+    [D], k weight [D], eps) of an RMS norm of each head, or None; cos, sin: [P, R] fp32 of
+    `rope_rows`, of which the first half of cos and the second of sin are read; kv_cache: [pages,
+    page, width] contiguous, mutated. keys: [T, K, D] that also gets the rotated keys, such as the
+    key columns of qkv itself, for `fresh_prefill`. Rows of padding write nothing to the cache; they
+    give what nobody may read.
     """
-    num_rows, dim = qkv.shape[0], kv_cache.shape[3]
-    q = qkv.new_empty(num_rows, num_heads, dim)
+    num_rows, dim, turned = qkv.shape[0], heads.qk_dim, cos.shape[1]
+    q = qkv.new_empty(num_rows, heads.query, dim)
     if num_rows == 0:
         return q
-    heads = num_heads + 2 * kv_heads
-    config = find("prepare_heads", (num_heads, kv_heads, dim), num_rows, _default(num_rows))
-    tiles = -(-heads // config["BLOCK_H"])
+    shape = (heads.query, heads.kv, dim)
+    config = find("prepare_heads", shape, num_rows, _default(num_rows))
+    tiles = -(-(heads.query + 2 * heads.kv) // config["BLOCK_H"])
     q_weight, k_weight, eps = (qkv, qkv, 0.0) if norms is None else norms
     _prepare_heads[(num_rows, tiles)](
         qkv,
@@ -59,13 +60,15 @@ def prepare_heads(
         rows.positions,
         rows.block_tables,
         rows.block_tables.stride(0),
-        HEADS=num_heads,
-        KV_HEADS=kv_heads,
+        HEADS=heads.query,
+        KV_HEADS=heads.kv,
         D=dim,
+        R=turned,
         PAGE=rows.page_size,
         NORM=norms is not None,
         KEEP=keys is not None,
-        BLOCK_HALF=triton.next_power_of_2(dim // 2),
+        BLOCK_HALF=triton.next_power_of_2(turned // 2),
+        BLOCK_REST=triton.next_power_of_2(dim - turned) if turned < dim else 0,
         **config,
         **overlapped(),
     )
@@ -107,21 +110,24 @@ def _prepare_heads(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     PAGE: tl.constexpr,
     NORM: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, tile of heads). A head is held as two halves, which rope mixes."""
-    HALF: tl.constexpr = D // 2
+    """Program (row, tile of heads). What turns is held as two halves, which rope mixes."""
+    HALF: tl.constexpr = R // 2
     row = tl.program_id(0).to(tl.int64)
     first_head = tl.program_id(1) * BLOCK_H
     heads = first_head + tl.arange(0, BLOCK_H)
     column = tl.arange(0, BLOCK_HALF)
     inside = column < HALF
-    mask = (heads < HEADS + 2 * KV_HEADS)[:, None] & inside[None, :]
+    known = (heads < HEADS + 2 * KV_HEADS)[:, None]
+    mask = known & inside[None, :]
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -130,51 +136,75 @@ def _prepare_heads(  # type: ignore[no-untyped-def]
     source = qkv + row * qkv_row + heads[:, None] * D + column[None, :]
     low_raw = tl.load(source, mask=mask, other=0.0)
     high_raw = tl.load(source + HALF, mask=mask, other=0.0)
+    low, high = low_raw.to(tl.float32), high_raw.to(tl.float32)
+    if BLOCK_REST:
+        rest_column = R + tl.arange(0, BLOCK_REST)
+        rest_inside = rest_column < D
+        rest_mask = known & rest_inside[None, :]
+        rest_at = qkv + row * qkv_row + heads[:, None] * D + rest_column[None, :]
+        rest_raw = tl.load(rest_at, mask=rest_mask, other=0.0)
+        rest = rest_raw.to(tl.float32)
     table_row = tl.load(table_rows + row)
     real = table_row >= 0
     position = tl.where(real, tl.load(positions + row), 0)
 
-    low, high = low_raw.to(tl.float32), high_raw.to(tl.float32)
     is_query = (heads < HEADS)[:, None]
     if NORM:
         square = tl.sum(low * low + high * high, axis=1)
+        if BLOCK_REST:
+            square += tl.sum(rest * rest, axis=1)
         inverse = tl.math.rsqrt(square * (1.0 / D) + eps)[:, None]
-        weight_low = tl.where(
-            is_query,
-            tl.load(q_weight + column, mask=inside, other=0.0)[None, :],
-            tl.load(k_weight + column, mask=inside, other=0.0)[None, :],
-        )
-        weight_high = tl.where(
-            is_query,
-            tl.load(q_weight + HALF + column, mask=inside, other=0.0)[None, :],
-            tl.load(k_weight + HALF + column, mask=inside, other=0.0)[None, :],
-        )
-        # Rounded before and after the product with the weight, as `rms_norm` does.
-        low = (low * inverse).to(weight_low.dtype).to(tl.float32) * weight_low.to(tl.float32)
-        high = (high * inverse).to(weight_low.dtype).to(tl.float32) * weight_high.to(tl.float32)
-        low = low.to(weight_low.dtype).to(tl.float32)
-        high = high.to(weight_low.dtype).to(tl.float32)
-    table = position.to(tl.int64) * D + column
+        dtype: tl.constexpr = qkv.dtype.element_ty
+        low = _weighed(low * inverse, q_weight, k_weight, column, inside, is_query, dtype)
+        high = _weighed(high * inverse, q_weight, k_weight, HALF + column, inside, is_query, dtype)
+        if BLOCK_REST:
+            rest = _weighed(
+                rest * inverse, q_weight, k_weight, rest_column, rest_inside, is_query, dtype
+            )
+    table = position.to(tl.int64) * R + column
     cosine = tl.load(cos + table, mask=inside, other=0.0)[None, :]
     sine = tl.load(sin + HALF + table, mask=inside, other=0.0)[None, :]
     turned_low = (low * cosine - high * sine).to(qkv.dtype.element_ty)
     turned_high = (high * cosine + low * sine).to(qkv.dtype.element_ty)
 
-    target = q + (row * HEADS + heads[:, None]) * D + column[None, :]
-    tl.store(target, turned_low, mask=mask & is_query)
-    tl.store(target + HALF, turned_high, mask=mask & is_query)
+    target = q + (row * HEADS + heads[:, None]) * D
+    tl.store(target + column[None, :], turned_low, mask=mask & is_query)
+    tl.store(target + HALF + column[None, :], turned_high, mask=mask & is_query)
+    if BLOCK_REST:
+        passed = rest.to(qkv.dtype.element_ty)
+        tl.store(target + rest_column[None, :], passed, mask=rest_mask & is_query)
     if first_head + BLOCK_H > HEADS:
         # The cache holds a token's keys, then its values: in the order of qkv's heads.
         is_value = (heads >= HEADS + KV_HEADS)[:, None]
         table_at = tables + table_row.to(tl.int64) * table_stride + position // PAGE
         page = tl.load(table_at, mask=real, other=0).to(tl.int64)
         token = page * PAGE + position % PAGE
-        place = token * (2 * KV_HEADS * D) + (heads[:, None] - HEADS) * D + column[None, :]
-        cached = mask & (heads >= HEADS)[:, None] & real
-        tl.store(cache + place, tl.where(is_value, low_raw, turned_low), mask=cached)
-        tl.store(cache + place + HALF, tl.where(is_value, high_raw, turned_high), mask=cached)
+        place = cache + token * (2 * KV_HEADS * D) + (heads[:, None] - HEADS) * D
+        cached = (heads >= HEADS)[:, None] & real
+        low_kept = tl.where(is_value, low_raw, turned_low)
+        high_kept = tl.where(is_value, high_raw, turned_high)
+        tl.store(place + column[None, :], low_kept, mask=mask & cached)
+        tl.store(place + HALF + column[None, :], high_kept, mask=mask & cached)
+        if BLOCK_REST:
+            rest_kept = tl.where(is_value, rest_raw, passed)
+            tl.store(place + rest_column[None, :], rest_kept, mask=rest_mask & cached)
         if KEEP:
             kept = cached & (heads < HEADS + KV_HEADS)[:, None]
-            copy = keys + row * keys_row + (heads[:, None] - HEADS) * keys_head + column[None, :]
-            tl.store(copy, turned_low, mask=kept)
-            tl.store(copy + HALF, turned_high, mask=kept)
+            copy = keys + row * keys_row + (heads[:, None] - HEADS) * keys_head
+            tl.store(copy + column[None, :], turned_low, mask=mask & kept)
+            tl.store(copy + HALF + column[None, :], turned_high, mask=mask & kept)
+            if BLOCK_REST:
+                tl.store(copy + rest_column[None, :], passed, mask=rest_mask & kept)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weighed(x, q_weight, k_weight, column, inside, is_query, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, normed, times its head's weight. Rounded to the weight's dtype before and after the
+    product, then to `dtype`, as `rms_norm` does."""
+    weight = tl.where(
+        is_query,
+        tl.load(q_weight + column, mask=inside, other=0.0)[None, :],
+        tl.load(k_weight + column, mask=inside, other=0.0)[None, :],
+    )
+    product = x.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+    return product.to(weight.dtype).to(dtype).to(tl.float32)

@@ -30,6 +30,9 @@ _SAME_NAMES = (
     "repetition_penalty",
     "stop",
     "stop_token_ids",
+    "denoising_strategy",
+    "denoising_steps",
+    "confidence_threshold",
     "ignore_eos",
     "min_tokens",
 )
@@ -150,6 +153,10 @@ class SamplingFields(_Part):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
+
+    denoising_strategy: str | None = None
+    denoising_steps: int | None = None
+    confidence_threshold: float | None = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -1,0 +1,33 @@
+"""SDAR: Qwen3-MoE's network, which fills in a block of tokens at a time.
+
+Source: Cheng et al., SDAR (2025), and the released modeling file.
+"""
+
+from typing import Any, ClassVar
+
+from isomoe.blocks import Span
+from isomoe.models.causal_lm import BlockDiffusion, HFConfig
+from isomoe.models.qwen3_moe import Qwen3Moe
+
+
+class SdarMoe(Qwen3Moe):
+    """SDAR-30B-A3B-Chat and its siblings of other block sizes."""
+
+    architectures: ClassVar[tuple[str, ...]] = ("SDARMoeForCausalLM",)
+
+    @classmethod
+    def diffusion(cls, config: HFConfig) -> BlockDiffusion:
+        return BlockDiffusion(
+            block_size=int(config.get("block_size") or 4),
+            mask_token_id=int(config.get("mask_token_id") or 151669),
+        )
+
+    def attention_sizes(self) -> dict[str, Any]:
+        span = Span(block=self.diffusion(self.config).block_size)
+        return {**super().attention_sizes(), "span": span}
+
+    @classmethod
+    def canonical(cls, tensor: str) -> str:
+        if tensor.startswith(("model.", "lm_head.")):
+            return tensor
+        return f"model.{tensor}"
