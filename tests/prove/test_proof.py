@@ -5,7 +5,8 @@ unasked.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,36 @@ import pytest
 
 from isomoe.blocks import SparseMoe
 from isomoe.cli.main import main
-from isomoe.layout import Parallelism
-from isomoe.models.qwen3_moe import Qwen3Moe
-from isomoe.prove import MUTANTS, Mutant, find_mutant, known_configs, prove_models
-from isomoe.prove.runner import Subject, prove
+from isomoe.layout import (
+    MACHINES,
+    Letter,
+    Move,
+    Parallelism,
+    Placement,
+    RegimePlan,
+    make_plan,
+)
+from isomoe.models import CausalLM
+from isomoe.prove import MUTANTS, Finding, Stats, find_mutant, known_configs, prove_models
+from isomoe.prove.campaign import _subjects
+from isomoe.prove.cases import Case
+from isomoe.prove.runner import Subject, _World, prove
 
 CONFIGS = known_configs()
 SMALL = {"qwen3-moe-mixed": CONFIGS["qwen3-moe-mixed"]}
 
 
 Command = Callable[..., tuple[int, Any, str]]
+
+
+def prove_one(subject: Subject, mutant: str | None = None) -> tuple[Stats, Finding | None]:
+    """All that was checked of one layout, and the violation if there is one."""
+    planted = find_mutant(mutant) if mutant is not None else None
+    stats, found = Stats(), None
+    for part, finding in prove([subject], planted):
+        stats.add(part)
+        found = found or finding
+    return stats, found
 
 
 @pytest.fixture
@@ -44,9 +65,90 @@ def test_every_shipped_model_holds_on_every_layout_of_up_to_4_ranks() -> None:
     report = prove_models(CONFIGS, 4, processes=1)
     assert report.finding is None, report.finding
     assert report.models == len(CONFIGS)
-    assert report.stats.layouts > 50
-    assert report.stats.moves > 1000
-    assert report.stats.contributions > 100_000
+    stats = report.stats
+    assert stats.layouts > 1400
+    assert stats.regimes > 10 * stats.layouts
+    assert stats.proven_as_equal == stats.regimes - stats.plans
+    # What is left when each distinct step and share is run once.
+    assert stats.shares > 100
+    assert stats.steps >= stats.plans > 50
+    assert stats.moves > 700
+    assert stats.contributions > 10_000
+
+
+STEPPED = ("qwen3-moe-mixed", "qwen2-57b-a14b", "minimax-m2", "gpt-oss-20b", "step-3.5-flash")
+"""Dense layers; shared experts that are sharded by their width; moves inside attention; biases;
+layers of several head counts."""
+
+
+@pytest.mark.parametrize("job", [(8, 1), (8, 2), (8, 4)], ids=str)
+def test_every_step_of_every_plan_is_one_that_was_run(
+    job: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: set[object] = set()
+    check = _World.check
+
+    def recorded(world: _World, plan: RegimePlan, case: Case, stats: Stats) -> Finding | None:
+        ran.update(steps_of(plan))
+        return check(world, plan, case, stats)
+
+    monkeypatch.setattr(_World, "check", recorded)
+    subjects = [
+        subject
+        for subject in _subjects(job, {name: CONFIGS[name] for name in STEPPED})
+        if subject.layout.moe_dense_tp_size in (None, 1, 2)
+    ]
+    for _, finding in prove(subjects):
+        assert finding is None, finding
+    assert len({subject.build().seat.mesh.axes for subject in subjects}) > 1
+    for subject in subjects:
+        chain = subject.build().chain
+        for machine in MACHINES.values():
+            for plan in make_plan(chain, machine).regimes:
+                for step in steps_of(plan):
+                    assert step in ran, (subject.name, str(subject.layout), plan.regime.name, step)
+
+
+def steps_of(plan: RegimePlan) -> Iterator[object]:
+    """What happens from read to read, by the ranks that differ and the ranks that communicate."""
+    mesh = plan.mesh
+
+    def apart(axes: tuple[int, ...]) -> object:
+        """The ranks that agree on some axes."""
+        found: dict[object, list[int]] = {}
+        for rank in range(mesh.size):
+            found.setdefault(tuple(mesh.index(rank, (axis,)) for axis in axes), []).append(rank)
+        return tuple(sorted(map(tuple, found.values())))
+
+    def held(placement: Placement) -> object:
+        return tuple(apart(placement.where(letter)) for letter in Letter)
+
+    def moved(moves: tuple[Move, ...]) -> object:
+        return tuple(
+            (m.op, tuple(mesh.groups(m.axes)), held(m.before), held(m.after)) for m in moves
+        )
+
+    inner = {block: (plan.kinds[block], moved(moves)) for block, moves in plan.inner if moves}
+    before: object = None
+    wrote: dict[str, object] = {plan.embedding: held(plan.embedding_gives)}
+    for read in plan.reads:
+        carry = read.carry and moved(read.carry.route.moves)
+        settles = [
+            ([wrote[name] for name in s.producers], moved(s.route.moves)) for s in read.settles
+        ]
+        after = held(read.residual)
+        yield plan.regime.equal, before, carry, repr(settles), after, read.selects_rows
+        before = after
+        wrote = {
+            d.consumer: (
+                moved(d.route.moves),
+                held(d.needs),
+                held(d.gives),
+                inner.get(d.consumer),
+            )
+            for d in read.deliveries
+        }
+    yield plan.regime.equal, before, repr(list(wrote.values()))
 
 
 @pytest.mark.parametrize(
@@ -54,33 +156,36 @@ def test_every_shipped_model_holds_on_every_layout_of_up_to_4_ranks() -> None:
 )
 def test_axes_of_three_hold(layout: str) -> None:
     config = SMALL["qwen3-moe-mixed"]
-    stats, finding = prove(Subject.of("mixed", config, Parallelism.parse(layout)))
+    stats, finding = prove_one(Subject.of("mixed", config, Parallelism.parse(layout)))
     assert finding is None, finding
     assert stats.steps > 0
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_mutant_is_caught(mutant: Mutant) -> None:
-    report = prove_models(CONFIGS, 8, mutant.name)
-    assert report.finding is not None, f"{mutant.name} was not caught"
-    assert report.finding.level == (1 if mutant.code == "M10" else 2)
+@pytest.mark.parametrize(
+    ("mutant", "level"), [("double-reduce", 2), ("sglang-23731", 2), ("norm-on-partial", 1)]
+)
+def test_a_mutant_ends_a_campaign(mutant: str, level: int) -> None:
+    """tests/prove/test_mutants.py has them all."""
+    report = prove_models(SMALL, 4, mutant)
+    assert report.finding is not None
+    assert report.finding.level == level
 
 
 def test_the_historical_double_reduce_is_counted_twice_where_rows_are_reduce_scattered() -> None:
     config = CONFIGS["qwen3-30b-a3b"]
     subject = Subject.of("qwen3-30b-a3b", config, Parallelism.parse("tp2,dp2,ep2"))
-    _, finding = prove(subject, find_mutant("double-reduce"))
+    _, finding = prove_one(subject, "double-reduce")
     assert finding is not None
     assert finding.block == "model.layers.1.input_layernorm"
     assert (finding.rank, finding.row) == (0, 0)
-    columns = config["num_experts_per_tok"] * config["moe_intermediate_size"]
+    columns = 2 * config["moe_intermediate_size"]  # the proof gives a token two experts
     assert finding.counts["model.layers.0.mlp.experts"] == (2 * columns, columns)
     assert finding.counts["model.layers.0.self_attn.o_proj"] == (4096, 4096)
 
 
 def test_a_missing_reduce_is_counted_in_the_rank_s_own_columns() -> None:
     subject = Subject.of("30b", CONFIGS["qwen3-30b-a3b"], Parallelism.parse("tp4"))
-    _, finding = prove(subject, find_mutant("missing-reduce"))
+    _, finding = prove_one(subject, "missing-reduce")
     assert finding is not None
     assert finding.counts["model.embed_tokens"] == (1, 1)
     assert finding.counts["model.layers.0.self_attn.o_proj"] == (4096 // 4, 4096)
@@ -88,46 +193,51 @@ def test_a_missing_reduce_is_counted_in_the_rank_s_own_columns() -> None:
 
 def test_a_mutant_of_rows_that_cancels_on_two_ranks_is_seen_on_three() -> None:
     subject = Subject.of("mixed", SMALL["qwen3-moe-mixed"], Parallelism.parse("tp3,dp3,ep3"))
-    _, finding = prove(subject, find_mutant("ragged-offsets"))
+    _, finding = prove_one(subject, "ragged-offsets")
     assert finding is not None
     assert finding.message == "not the row it should be"
 
 
 def test_diverging_schedules_are_named_instead_of_waited_for() -> None:
     subject = Subject.of("30b", CONFIGS["qwen3-30b-a3b"], Parallelism.parse("tp2,dp2"))
-    _, finding = prove(subject, find_mutant("rank-decides"))
+    _, finding = prove_one(subject, "rank-decides")
     assert finding is not None
     assert "differ: " in finding.message
     assert "all_to_all" in finding.message
 
 
 def test_equal_plans_are_proven_once_and_said_so() -> None:
-    config = CONFIGS["qwen3-30b-a3b"]
-    proven: set[object] = set()
-    first, _ = prove(Subject.of("a", config, Parallelism.parse("tp2,ep2")), None, proven)
-    again, _ = prove(Subject.of("b", config, Parallelism.parse("tp2,ep2")), None, proven)
-    assert first.steps > 0
-    assert (again.steps, again.proven_as_equal) == (0, again.regimes)
+    config, layout = CONFIGS["qwen3-30b-a3b"], Parallelism.parse("tp2,ep2")
+    once, _ = prove_one(Subject.of("a", config, layout))
+    twice = Stats()
+    for part, finding in prove(Subject.of(name, config, layout) for name in "ab"):
+        assert finding is None
+        twice.add(part)
+    assert once.steps > 0
+    assert twice.steps == once.steps
+    assert twice.proven_as_equal == once.proven_as_equal + once.regimes
 
 
 def test_a_model_that_shards_otherwise_is_not_taken_for_one_that_is_proven(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = CONFIGS["qwen3-30b-a3b"]
-    layout = Parallelism.parse("tp2")
-    proven: set[object] = set()
-    prove(Subject.of("right", config, layout), None, proven)
-    experts = Qwen3Moe.experts
+    right = Subject.of("right", CONFIGS["qwen3-30b-a3b"], Parallelism.parse("tp2"))
+    experts = CausalLM.routed_experts
 
-    def unsharded(self: Qwen3Moe, at: str) -> SparseMoe:
-        block = experts(self, at)
+    def unsharded(self: CausalLM, at: str, **options: Any) -> SparseMoe:
+        block = experts(self, at, **options)
         block.experts.width = (0, block.experts.intermediate_size)
         return block
 
-    monkeypatch.setattr(Qwen3Moe, "experts", unsharded)
-    _, finding = prove(Subject.of("wrong", config, layout), None, proven)
-    assert finding is not None
-    assert finding.counts["model.layers.0.mlp.experts"] == (12288, 6144)
+    def subjects() -> Iterator[Subject]:
+        yield right
+        monkeypatch.setattr(CausalLM, "routed_experts", unsharded)
+        yield replace(right, name="wrong")
+
+    found = [finding for _, finding in prove(subjects()) if finding is not None]
+    assert found[0].model == "wrong"
+    assert found[0].block == "model.layers.0.mlp.experts"
+    assert found[0].message == "the columns of the experts on all ranks are not the whole, once"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +249,6 @@ def test_a_model_that_shards_otherwise_is_not_taken_for_one_that_is_proven(
         ({"num_attention_heads": None}, "'num_attention_heads' is None, not a count"),
         ({"decoder_sparse_step": 0}, "'decoder_sparse_step' is 0, not a count"),
         ({"num_experts_per_tok": 999}, "999 experts a token of 128"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints"),
     ],
 )
 def test_a_model_that_fits_no_layout_is_refused_and_not_vacuously_proven(
@@ -153,8 +262,8 @@ def test_a_model_that_fits_no_layout_is_refused_and_not_vacuously_proven(
 
 
 def test_in_more_than_one_process_the_counts_are_the_same() -> None:
-    one = prove_models(SMALL, 6, processes=1)
-    two = prove_models(SMALL, 6, processes=2)
+    one = prove_models(SMALL, 8, processes=1)
+    two = prove_models(SMALL, 8, processes=2)
     assert one.finding is None
     assert one.stats == two.stats
 

@@ -14,6 +14,7 @@ from isomoe.layout import Parallelism
 from isomoe.layout.parallelism import MAX_RANKS
 from isomoe.models import HFConfig, build, read_config
 from isomoe.prove import MUTANTS, Report, expressible, find_mutant, known_configs, prove_models
+from isomoe.prove.corpus import ids_of
 from isomoe.weights import bundled_checkpoint, resolve
 
 NAME = "prove"
@@ -34,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-ranks", type=int, default=64, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
-        "--mutant", metavar="NAME", help="plant a known defect: the proof must then fail (exit 1)"
+        "--mutant",
+        metavar="NAME",
+        help="plant a known defect, named or by the id of a historic one (sglang-23731): the proof "
+        "must then fail (exit 1)",
     )
     parser.add_argument("--list-mutants", action="store_true", help="list the known defects")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -116,6 +120,7 @@ def _list_mutants(as_json: bool) -> int:
                         "operator": mutant.code,
                         "what": mutant.what,
                         "runs_in_engine": mutant.runs_in_engine,
+                        "defects": ids_of(mutant.name),
                     }
                     for mutant in MUTANTS
                 ]
@@ -124,5 +129,7 @@ def _list_mutants(as_json: bool) -> int:
         return 0
     width = max(len(mutant.name) for mutant in MUTANTS)
     for mutant in MUTANTS:
-        print(f"{mutant.name:<{width}}  {mutant.code}  {mutant.what}")
+        ids = ids_of(mutant.name)
+        known = f" ({', '.join(ids)})" if ids else ""
+        print(f"{mutant.name:<{width}}  {mutant.code}  {mutant.what}{known}")
     return 0

@@ -1,23 +1,23 @@
 """The proof over many models and layouts, on all cores."""
 
-import json
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib import resources
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 
 from isomoe.layout import Parallelism
-from isomoe.models import HFConfig, family_of, layouts
+from isomoe.layout.parallelism import divisors
+from isomoe.models import HFConfig, family_of, layouts, read_config
 from isomoe.prove.mutants import find_mutant
 from isomoe.prove.runner import Finding, Stats, Subject, prove
 
 Progress = Callable[[int, int], None]
-"""Called with (layouts done, layouts in all)."""
+"""Called with (jobs done, jobs in all); layouts of as many ranks and groups are one job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def known_configs() -> dict[str, HFConfig]:
     found = {}
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".json"):
-            found[entry.name.removesuffix(".json")] = json.loads(entry.read_text("utf-8"))
+            found[entry.name.removesuffix(".json")] = read_config(Path(str(entry)))
     return found
 
 
@@ -54,38 +54,31 @@ def prove_models(
         mutant: a known defect to plant; the campaign must then find a violation.
         processes: how many to use; all cores by default.
     """
-    jobs = _jobs(configs, max_ranks)
-    total, done = sum(map(len, jobs)), 0
+    jobs = _jobs(max_ranks)
     stats = Stats()
-    for part, finding in _results(jobs, configs, mutant, processes):
+    for done, (part, finding) in enumerate(_results(jobs, configs, mutant, processes), 1):
         stats.add(part)
-        done += part.layouts
         if progress is not None:
-            progress(done, total)
+            progress(done, len(jobs))
         if finding is not None:
             return Report(stats, finding, len(configs))
     return Report(stats, None, len(configs))
 
 
-_Job = tuple[tuple[Parallelism, str], ...]
-"""Layouts and the names of models on them, to be proven together."""
+_Job = tuple[int, int]
+"""How many ranks, in how many attention-DP groups: layouts to be proven together."""
 
 
-def _jobs(configs: Mapping[str, HFConfig], max_ranks: int) -> list[_Job]:
-    """Every layout of every model, small ones first; those that share plans in one job."""
-    alike: dict[Parallelism, list[tuple[Parallelism, str]]] = defaultdict(list)
-    for name, config in configs.items():
-        for layout in layouts(family_of(config), config, max_ranks):
-            alike[replace(layout, enable_dp_lm_head=False)].append((layout, name))
-    order = sorted(alike, key=lambda layout: layout.tp_size)
-    return [tuple(alike[layout]) for layout in order]
+def _jobs(max_ranks: int) -> list[_Job]:
+    """Few ranks first."""
+    return [(ranks, groups) for ranks in range(1, max_ranks + 1) for groups in divisors(ranks)]
 
 
 def _results(
     jobs: list[_Job], configs: Mapping[str, HFConfig], mutant: str | None, processes: int | None
 ) -> Iterator[tuple[Stats, Finding | None]]:
     cores = processes or len(os.sched_getaffinity(0))
-    if cores == 1 or mutant is not None or len(jobs) < 32:
+    if cores == 1 or mutant is not None or jobs[-1][0] < 8:
         for job in jobs:
             yield _prove_job(job, configs, mutant)
         return
@@ -105,10 +98,9 @@ def _prove_job(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny: threads only get in each other's way
     try:
-        stats, proven = Stats(), set[object]()
+        stats = Stats()
         planted = find_mutant(mutant) if mutant is not None else None
-        for layout, name in job:
-            part, finding = prove(Subject.of(name, configs[name], layout), planted, proven)
+        for part, finding in prove(_subjects(job, configs), planted):
             stats.add(part)
             if finding is not None:
                 return stats, finding
@@ -117,15 +109,20 @@ def _prove_job(
         torch.set_num_threads(threads)
 
 
+def _subjects(job: _Job, configs: Mapping[str, HFConfig]) -> Iterator[Subject]:
+    """Every model on every layout of a job that fits it."""
+    ranks, groups = job
+    for name, config in configs.items():
+        one_rank = Subject.of(name, config, Parallelism())
+        for layout in layouts(family_of(config), config, ranks, ranks, groups):
+            yield replace(one_rank, layout=layout)
+
+
 def expressible(mutant: str, configs: Iterable[HFConfig]) -> bool:
     """Whether any of the models has the part that a mutant changes."""
-    part = {"dense": "dense FFN", "shared": "shared expert", "bias": "bias"}
-    wanted = [kind for word, kind in part.items() if word in mutant.split("-")]
-    return not wanted or any(_has(config, wanted[0]) for config in configs)
-
-
-def _has(config: HFConfig, kind: str) -> bool:
-    if kind == "bias":
-        return bool(config.get("attention_bias"))
-    model = Subject.of("", config, Parallelism()).build()
-    return any(block.spec.kind == kind for block in model.blocks())
+    needs = find_mutant(mutant).needs
+    return any(
+        needs.is_in(block)
+        for config in configs
+        for block in Subject.of("", config, Parallelism()).build().blocks()
+    )

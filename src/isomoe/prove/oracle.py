@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from isomoe.blocks import Attention, Block, GatedMLP, SparseMoe
-from isomoe.kernels import topk_softmax
+from isomoe.blocks import Block, GatedMLP, RowLinear, SparseMoe
+from isomoe.kernels import choose
 from isomoe.layout import Mesh
 from isomoe.models import CausalLM
 from isomoe.prove.cases import Case
@@ -137,21 +137,14 @@ class Expected:
         """What a whole block adds to each row: [rows, LANES]."""
         tickets = self.tickets
         match block:
-            case Attention(output=output):
-                self.contributions += len(tags)
-                added = tags * tickets.columns(output.parts[0].source, 0, output.in_features)
-                if output.has_bias:
-                    added = added + tickets.once(f"{output.parts[0].source} bias")
-                return added
             case GatedMLP(down=down, gate=gate):
-                self.contributions += len(tags)
-                added = tags * tickets.columns(down.parts[0].source, 0, down.in_features)
+                added = self._projected(down, tags)
                 if gate is not None:
                     added = added * tickets.tag(tags * tickets.once(gate.parts[0].source))
                 return added
             case SparseMoe(experts=experts, router=router):
                 logits = router_logits(tags, router.parts[0].source, block.num_experts)
-                weights, ids = topk_softmax(logits, block.top_k, block.renormalize)
+                weights, ids = choose(logits, block.routing)
                 factors = tickets.routing_weight(weights)
                 added = torch.zeros(len(tags), LANES, dtype=torch.int64)
                 for row, slots in enumerate(ids.tolist()):
@@ -161,8 +154,19 @@ class Expected:
                         )
                         added[row] += whole * factors[row, slot]
                         self.contributions += 1
-                return added * tags
-        raise TypeError(f"the proof does not know what a {type(block).__name__} contributes")
+                added = added * tags
+                if experts.names.has_bias:
+                    bias = [tickets.once(f"{experts.name}.{e} bias") for e in range(len(logits[0]))]
+                    added = added + (torch.stack(bias)[ids] * factors).sum(1)
+                return added
+        return self._projected(projection_of(block), tags)
+
+    def _projected(self, output: RowLinear, tags: Tensor) -> Tensor:
+        """What a projection of all columns adds."""
+        self.contributions += len(tags)
+        name = output.parts[0].source
+        added = tags * self.tickets.columns(name, 0, output.in_features)
+        return added + self.tickets.once(f"{name} bias") if output.has_bias else added
 
 
 def _cut(rows: list[int], ways: int) -> list[list[int]]:
@@ -174,11 +178,18 @@ def _cut(rows: list[int], ways: int) -> list[list[int]]:
 
 def summed_leaf(block: Block) -> str:
     """The name under which a block's contribution has its tickets."""
-    match block:
-        case Attention(output=output):
-            return output.parts[0].source
-        case GatedMLP(down=down):
-            return down.parts[0].source
-        case SparseMoe(experts=experts):
-            return experts.name
-    raise TypeError(f"the proof does not know what a {type(block).__name__} contributes")
+    if isinstance(block, SparseMoe):
+        return block.experts.name
+    return projection_of(block).parts[0].source
+
+
+def projection_of(block: Block) -> RowLinear:
+    """The projection through which all of a block's output comes.
+
+    Raises:
+        TypeError: if it has none, or several: the proof does not know what it contributes.
+    """
+    found = [leaf for leaf in block.leaves() if isinstance(leaf, RowLinear)]
+    if len(found) != 1:
+        raise TypeError(f"the proof does not know what a {type(block).__name__} contributes")
+    return found[0]

@@ -64,6 +64,11 @@ class Tickets:
             self._tables[key] = torch.stack([*rows, torch.zeros(LANES, dtype=torch.int64)])
         return self._tables[key]
 
+    def expert_biases(self, name: str, owned: tuple[int, int]) -> Tensor:
+        """The tickets of experts' biases, zeros where local id -1 points: [L + 1, LANES]."""
+        rows = [self.once(f"{name}.{expert} bias") for expert in range(*owned)]
+        return torch.stack([*rows, torch.zeros(LANES, dtype=torch.int64)])
+
     def ids(self, name: str, vocab_size: int) -> Tensor:
         """The tickets of token ids, as the embedding `name` contributes them: [vocab, LANES]."""
         table = id_tickets(vocab_size)

@@ -1,21 +1,23 @@
 """Leaves that emit provenance: what replaces arithmetic in a proof. All else runs for real."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from isomoe.blocks import (
-    AttentionCore,
     ExpertWeights,
+    Gated,
     Leaf,
     Linear,
     Lookup,
-    RMSNorm,
+    LowRankQuery,
+    Memory,
     Router,
     RowLinear,
     SigmoidGate,
-    SiluAndMul,
+    SquareSums,
+    WideNormCore,
 )
 from isomoe.errors import IsomoeError
 from isomoe.layout import RegimePlan
@@ -89,8 +91,12 @@ class RankStubs:
         match leaf:
             case Lookup():
                 stub = self._lookup(leaf)
-            case AttentionCore():
+            case WideNormCore():
+                stub = self._wide_core(leaf, read)
+            case Memory():
                 stub = self._core(read)
+            case SquareSums():
+                stub = self._squares(leaf)
             case RowLinear():
                 stub = self._row_linear(leaf)
             case SigmoidGate():
@@ -99,7 +105,7 @@ class RankStubs:
                 stub = self._router(leaf)
             case ExpertWeights():
                 stub = self._experts(leaf)
-            case Linear() | SiluAndMul() | RMSNorm():
+            case Linear() | Gated() | LowRankQuery():
                 stub = _pass
             case _:
                 raise TypeError(f"the proof has no stub for {type(leaf).__name__}")
@@ -145,7 +151,7 @@ class RankStubs:
         return forward
 
     def _core(self, read: int) -> Any:
-        def forward(x: Tensor, batch: object) -> Tensor:
+        def forward(x: Tensor, *others: object) -> Tensor:
             view = self.expected.attention_view(read, self.rank)
             where = f"attention behind {self.plan.reads[read].name}"
             if x.shape != view.rows.shape:
@@ -153,6 +159,36 @@ class RankStubs:
                 raise Violation(where, what, read, self.rank, None)
             self._compare(x, view, where, read)
             return x
+
+        return forward
+
+    def _squares(self, leaf: SquareSums) -> Any:
+        mine = [self.tickets.columns(p.source, p.start, p.stop) for p in leaf.parts]
+
+        def forward(x: Tensor) -> Tensor:
+            return torch.cat([x * part for part in mine], 1)
+
+        return forward
+
+    def _wide_core(self, leaf: WideNormCore, read: int) -> Any:
+        """The statistic's parts must sum to that of all heads, whatever has been gathered."""
+        attend = self._core(read)
+        whole = [self.tickets.columns(part.source, 0, part.size) for part in leaf.parts]
+
+        def forward(x: Tensor, batch: object, parts: Tensor) -> Tensor:
+            view = self.expected.attention_view(read, self.rank)
+            right = torch.cat([x * part for part in whole], 1)
+            found = leaf.totals(parts)
+            where = f"QK norm behind {self.plan.reads[read].name}"
+            if self.tickets.counting is None and not torch.equal(found, right):
+                differs = (found != right).any(1, keepdim=True)
+                if view.real is not None:
+                    differs &= view.real
+                places = differs.flatten().nonzero()
+                if len(places):
+                    row = view.numbers[int(places[0])]
+                    raise Violation(where, "not the statistic of all heads", read, self.rank, row)
+            return cast(Tensor, attend(x, batch))
 
         return forward
 
@@ -182,10 +218,14 @@ class RankStubs:
 
     def _experts(self, leaf: ExpertWeights) -> Any:
         table = self.tickets.experts(leaf.name, leaf.owned, leaf.width)
+        biases = None
+        if leaf.names.has_bias and leaf.bias_here:
+            biases = self.tickets.expert_biases(leaf.name, leaf.owned)
 
         def forward(x: Tensor, local_ids: Tensor, weights: Tensor) -> Tensor:
-            addends = table[local_ids] * self.tickets.routing_weight(weights)
-            return x * addends.sum(1)
+            factors = self.tickets.routing_weight(weights)
+            out = x * (table[local_ids] * factors).sum(1)
+            return out if biases is None else out + (biases[local_ids] * factors).sum(1)
 
         return forward
 
@@ -201,5 +241,6 @@ class RankStubs:
         return forward
 
 
-def _pass(x: Tensor) -> Tensor:
+def _pass(x: Tensor, *others: Tensor) -> Tensor:
+    """Provenance goes through: the leaf mixes no rows, and its features are not told apart."""
     return x
