@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One checkpoint on every kind of layout, then with the historical defect planted. About 2 minutes.
+# One checkpoint on every kind of layout, then with the historical defect planted. About 3 minutes.
 set -euo pipefail
 export TOKENIZERS_PARALLELISM=false
 
@@ -11,8 +11,8 @@ run isomoe plan --tp 2 --attn-dp-size 2 --ep 2 --device cpu --rows 8
 
 say "2. Parity: the same checkpoint on every layout, then with the experts summed twice"
 # Ends with 1, since the last row differs: it has to.
-run isomoe parity --layouts tp2 tp2,dp2 tp2,ep2 tp2,dp2,ep2 tp4,dp2,ep4 \
-  tp2,dp2,ep2+double-reduce || [ $? -eq 1 ]
+run isomoe parity tp2 tp2,dp2 tp2,ep2 tp2,dp2,ep2 tp4,dp2,ep4 \
+  tp2,dp2,ep2+double-reduce --num-prompts 20 --bisect || [ $? -eq 1 ]
 
 say "3. Accuracy, as a nightly would read it: one rank, the mixed layout, and the mixed layout with the defect"
 run isomoe eval --task arith --limit 200

@@ -9,7 +9,7 @@ import torch
 from isomoe.engine import LLM, SamplingParams
 from isomoe.eval.run import evaluate
 from isomoe.eval.tasks import TASKS, read_problems
-from isomoe.parity.prompts import shipped
+from isomoe.parity.prompts import questions
 from isomoe.tokenizer import Tokenizer
 from isomoe.weights import bundled_checkpoint
 
@@ -24,7 +24,8 @@ CACHE = {"max_total_tokens": 20000}
 
 def prompts() -> Sequence[Sequence[int]]:
     folder = bundled_checkpoint()
-    return shipped(folder / "heldout.jsonl", Tokenizer(folder)).token_ids
+    chosen = questions(folder / "heldout.jsonl", Tokenizer(folder).encode, 20)
+    return tuple(prompt.token_ids or () for prompt in chosen.prompts)
 
 
 def answers(device: str, **settings: Any) -> list[tuple[tuple[int, ...], list[float]]]:

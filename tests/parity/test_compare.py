@@ -1,30 +1,31 @@
-"""The statistics, on runs made by hand."""
+"""Two runs side by side, on runs made by hand."""
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from isomoe.errors import ConfigError
-from isomoe.parity import Recording, Tolerance, Verdict, compare
-from isomoe.parity.compare import Deltas, Output, common_prefix
+from isomoe.parity.compare import Summary, common_prefix, compare, divergence
+from isomoe.parity.run import Candidate, Place, Prompt, Run, Text
+from isomoe.parity.words import in_words, tells_only_texts
 
-LIMITS = Tolerance(mean=0.01, most=0.1)
 OTHER = 99
 """A token that is every place's second candidate."""
 
 
-def output(*tokens: int, logprob: float = -0.5, second: float = -1.5) -> Output:
-    return Output(
-        token_ids=tokens,
-        logprobs=(logprob,) * len(tokens),
-        tops=tuple(((token, logprob), (OTHER, second)) for token in tokens),
-    )
+def place(token: int, logprob: float = -0.5, second: float = -1.5) -> Place:
+    top = (Candidate(token, None, logprob), Candidate(OTHER, None, second))
+    return Place(Candidate(token, None, logprob), top, 1)
 
 
-def run(*outputs: Output, scores: tuple[tuple[float, ...], ...] | None = None) -> Recording:
-    given = tuple(each.logprobs for each in outputs) if scores is None else scores
-    return Recording(name="run", outputs=outputs, scores=given)
+def output(*tokens: int, logprob: float = -0.5, second: float = -1.5) -> Text:
+    return tuple(place(token, logprob, second) for token in tokens)
+
+
+def run(*outputs: Text, scores: tuple[Text, ...] | None = None) -> Run:
+    return Run(name="run", dialect="made", outputs=outputs, scores=scores or outputs)
 
 
 BASE = run(output(1, 2, 3), output(4, 5))
@@ -37,141 +38,176 @@ BASE = run(output(1, 2, 3), output(4, 5))
 def test_common_prefix_ends_at_the_first_difference(
     ones: tuple[int, ...], others: tuple[int, ...], shared: int
 ) -> None:
-    assert common_prefix(ones, others) == shared
+    assert common_prefix(output(*ones), output(*others)) == shared
+
+
+def test_texts_stand_for_ids_where_one_side_tells_none() -> None:
+    def texts(*words: str) -> Text:
+        return tuple(Place(Candidate(None, word, -0.5)) for word in words)
+
+    both = tuple(Place(Candidate(n, word, -0.5)) for n, word in enumerate(("a", "b")))
+    assert common_prefix(texts("a", "b"), both) == 2
+    assert common_prefix(texts("a", "c"), both) == 1
+    assert common_prefix(texts("a"), output(1)) == 0, "an id is no text"
 
 
 def test_the_same_bits_are_identical_and_all_tokens_are_counted() -> None:
-    row = compare(BASE, BASE, LIMITS)
-    assert row.verdict is Verdict.IDENTICAL
-    assert (row.free.tokens, row.forced.tokens, row.num_tokens, row.common_tokens) == (5, 5, 5, 5)
-    assert row.same_prompts == 2
+    found = compare(BASE, BASE)
+    assert found.is_identical
+    assert found.forced is not None
+    assert (found.free.tokens, found.forced.tokens, found.common_tokens) == (5, 5, 5)
+    assert (found.same_prompts, found.top1, found.kl) == (2, 1.0, 0.0)
 
 
-def test_a_last_bit_agrees_but_is_not_identical() -> None:
+def test_a_last_bit_is_no_identity() -> None:
     off = math.nextafter(-0.5, 0.0)
-    row = compare(BASE, run(*BASE.outputs, scores=((-0.5, off, -0.5), (-0.5, -0.5))), LIMITS)
-    assert row.verdict is Verdict.AGREES
-    assert row.forced.most > 0.0
-    assert row.free.most == 0.0
+    scores = ((*output(1), place(2, off), *output(3)), output(4, 5))
+    found = compare(BASE, run(*BASE.outputs, scores=scores))
+    assert not found.is_identical
+    assert found.forced is not None
+    assert found.forced.most > 0.0
+    assert found.free.most == 0.0
 
 
-def test_the_mean_is_over_tokens_not_over_prompts() -> None:
-    row = compare(BASE, run(*BASE.outputs, scores=((-0.5, -0.5, -0.5), (-0.55, -0.5))), LIMITS)
-    assert row.forced.mean == pytest.approx(0.05 / 5)
-    assert row.prompts[1].forced.mean == pytest.approx(0.05 / 2)
+def test_a_run_without_scores_is_never_identical() -> None:
+    found = compare(BASE, replace(BASE, scores=None))
+    assert (found.forced, found.is_identical, found.free.most) == (None, False, 0.0)
 
 
-@pytest.mark.parametrize(("delta", "verdict"), [(0.009, "agrees"), (0.011, "differs")])
-def test_the_mean_limit_is_kept(delta: float, verdict: str) -> None:
-    scores = tuple(tuple(x - delta for x in each) for each in BASE.scores)
-    assert compare(BASE, run(*BASE.outputs, scores=scores), LIMITS).verdict == verdict
+def test_the_summary_is_over_tokens_not_over_prompts() -> None:
+    scores = (output(1, 2, 3), (*output(4), place(5, -0.55)))
+    found = compare(BASE, run(*BASE.outputs, scores=scores)).forced
+    assert found is not None
+    assert found.mean == pytest.approx(0.05 / 5)
+    assert found.bias == pytest.approx(-0.05 / 5)
+    assert (found.median, found.most) == (0.0, pytest.approx(0.05))
 
 
-def test_one_token_beyond_the_limit_is_a_difference() -> None:
-    limits = Tolerance(mean=1.0, most=0.1)
-    row = compare(BASE, run(*BASE.outputs, scores=((-0.5, -0.7, -0.5), (-0.5, -0.5))), limits)
-    assert row.verdict is Verdict.DIFFERS
-    assert "max |delta| 0.2 is above 0.1" in row.reasons[0]
-
-
-def test_a_factor_on_every_logprob_is_a_difference_though_the_tokens_are_the_same() -> None:
-    doubled = run(output(1, 2, 3, logprob=-1.0), output(4, 5, logprob=-1.0))
-    row = compare(BASE, doubled, LIMITS)
-    assert row.verdict is Verdict.DIFFERS
-    assert row.same_prompts == 2
-    assert row.forced.mean == pytest.approx(0.5)
-
-
-def test_a_near_tie_is_reported_and_is_no_difference() -> None:
-    ours = run(output(1, 2, 3, second=-0.52))
-    theirs = run(
-        Output(
-            token_ids=(1, OTHER, 7),
-            logprobs=(-0.5, -0.5, -9.0),
-            tops=(((1, -0.5),), ((OTHER, -0.5), (2, -0.52)), ((7, -9.0),)),
+def test_where_two_outputs_part_both_candidates_come_with_both_logprobs() -> None:
+    theirs = run((*output(1), place(OTHER, -0.4, -0.4), *output(7)), output(4, 5), scores=None)
+    theirs = replace(
+        theirs,
+        outputs=(
+            (*output(1), Place(Candidate(OTHER, None, -0.4), (Candidate(2, None, -0.6),))),
+            output(4, 5),
         ),
-        scores=ours.scores,
+        scores=BASE.scores,
     )
-    row = compare(ours, theirs, LIMITS)
-    assert row.verdict is Verdict.AGREES
-    assert row.notes == ("1 prompt part in a near tie",)
-    assert (row.common_tokens, row.free.tokens, row.forced.tokens) == (1, 1, 3)
-    parting = row.prompts[0].first_difference
+    found = compare(BASE, theirs)
+    parting = found.prompts[0].first_difference
     assert parting is not None
+    assert parting.baseline is not None
+    assert parting.other is not None
     assert (parting.place, parting.baseline.token_id, parting.other.token_id) == (1, 2, OTHER)
-    assert (parting.baseline.baseline, parting.baseline.other) == (-0.5, -0.52)
-    assert (parting.other.baseline, parting.other.other) == (-0.52, -0.5)
-
-
-def test_a_token_chosen_against_the_baseline_is_a_difference_though_prefills_agree() -> None:
-    theirs = run(output(1, 8, 3), *BASE.outputs[1:], scores=BASE.scores)
-    row = compare(BASE, theirs, LIMITS)
-    assert row.verdict is Verdict.DIFFERS
-    assert row.reasons == ("1 prompt part where neither run is torn",)
-
-
-def test_decode_that_drifts_is_a_difference_though_prefills_agree() -> None:
-    theirs = run(output(1, 2, 3, logprob=-0.9), *BASE.outputs[1:], scores=BASE.scores)
-    assert compare(BASE, theirs, LIMITS).verdict is Verdict.DIFFERS
+    assert (parting.baseline_of_other, parting.other_of_baseline) == (-1.5, -0.6)
+    assert found.common_tokens == 1 + 2
 
 
 def test_an_output_that_ends_early_parts_at_its_end() -> None:
-    row = compare(BASE, run(output(1, 2), output(4, 5), scores=BASE.scores), LIMITS)
-    parting = row.prompts[0].first_difference
-    assert parting is not None
-    assert (parting.place, parting.other.token_id) == (2, None)
-    assert row.verdict is Verdict.DIFFERS
+    parting = compare(BASE, run(output(1, 2), output(4, 5), scores=BASE.scores)).prompts[0]
+    assert parting.first_difference is not None
+    assert (parting.first_difference.place, parting.first_difference.other) == (2, None)
 
 
-@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
-@pytest.mark.parametrize("where", ["forced", "free", "both sides"])
-def test_what_is_not_finite_is_a_difference(wrong: float, where: str) -> None:
-    bad = ((-0.5, wrong, -0.5), (-0.5, -0.5))
-    broken = replace(BASE.outputs[0], logprobs=(wrong, -0.5, -0.5))
-    ours, theirs = BASE, run(*BASE.outputs, scores=bad)
-    if where == "free":
-        theirs = run(broken, BASE.outputs[1], scores=BASE.scores)
-    if where == "both sides":
-        ours = theirs
-    row = compare(ours, theirs, LIMITS)
-    assert row.verdict is Verdict.DIFFERS
-    assert any("not finite" in reason for reason in row.reasons)
+def test_kl_is_that_of_the_candidates_with_the_rest_as_one_more() -> None:
+    def spread(*probabilities: float) -> Place:
+        top = tuple(Candidate(n, None, math.log(p)) for n, p in enumerate(probabilities))
+        return Place(top[0], top, 1)
+
+    ours, theirs = spread(0.5, 0.3), spread(0.4, 0.35)
+    expected = 0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.35) + 0.2 * math.log(0.2 / 0.25)
+    assert divergence(ours, theirs) == pytest.approx(expected)
+    assert divergence(ours, Place(ours.token)) is None
+
+
+def test_a_token_beyond_the_candidates_is_not_ranked_first() -> None:
+    hidden = Place(Candidate(1, None, -9.0), (Candidate(OTHER, None, -0.1),))
+    scores = ((hidden, *output(2, 3)), output(4, 5))
+    found = compare(BASE, run(*BASE.outputs, scores=scores))
+    assert found.top1 == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "reason"),
+    ("ours", "theirs", "fault"),
     [
-        (run(), run(), "nothing was compared"),
-        (BASE, run(BASE.outputs[0]), "outputs of 1 of 2 prompts"),
-        (BASE, run(*BASE.outputs, scores=BASE.scores[:1]), "scores of 1 of 2 prompts"),
+        (run(), run(), "run: nothing to compare"),
+        (BASE, run(BASE.outputs[0]), "run: outputs of 1 of 2 prompts"),
         (
             BASE,
-            run(*BASE.outputs, scores=((-0.5, -0.5), (-0.5, -0.5))),
-            "prompt 0: 2 of 3 tokens scored",
+            replace(BASE, name="short", scores=BASE.outputs[:1]),
+            "short: scores of 1 of 2 prompts",
         ),
-        (run(output()), run(output()), "baseline: prompt 0: no output token"),
-        (BASE, Recording(name="dead", error="rank 1 was killed"), "rank 1 was killed"),
         (
             BASE,
-            run(replace(BASE.outputs[0], logprobs=(-0.5,)), BASE.outputs[1], scores=BASE.scores),
-            "prompt 0: not every output token has a log-probability",
+            run(*BASE.outputs, scores=(output(1, 2), output(4, 5))),
+            "run: prompt 0: 2 of 3 tokens scored",
         ),
+        (
+            BASE,
+            run(*BASE.outputs, scores=(output(1, 2, 8), output(4, 5))),
+            "run: prompt 0: scored other tokens than the baseline's",
+        ),
+        (run(()), run(()), "run: prompt 0: no output token"),
+        (BASE, Run(name="dead", dialect="made", error="dead: rank 1 was killed"), "dead: rank 1"),
     ],
 )
-def test_a_gap_is_a_difference(ours: Recording, theirs: Recording, reason: str) -> None:
-    row = compare(ours, theirs, LIMITS)
-    assert row.verdict is Verdict.DIFFERS
-    assert row.reasons == (reason,)
-    assert row.forced.tokens == 0
+def test_a_gap_is_a_fault_and_nothing_is_concluded(ours: Run, theirs: Run, fault: str) -> None:
+    found = compare(ours, theirs)
+    assert found.fault is not None
+    assert found.fault.startswith(fault)
+    assert found.prompts == ()
+    assert not found.is_identical
 
 
-def test_no_token_has_no_delta() -> None:
-    nothing = Deltas.of((), ())
-    assert math.isnan(nothing.mean)
-    assert not nothing.within(Tolerance(mean=1e9, most=1e9))
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_summary_of_what_is_not_finite_is_no_number(wrong: float) -> None:
+    assert math.isnan(Summary.of([0.1, wrong]).mean)
+    assert math.isnan(Summary.of([]).most)
 
 
-@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
-def test_a_limit_must_be_a_number(wrong: float) -> None:
-    with pytest.raises(ConfigError, match="--max-delta"):
-        Tolerance(mean=0.1, most=wrong)
+def test_a_run_comes_back_from_its_file_with_every_bit(tmp_path: Path) -> None:
+    odd = Run(
+        name="http://host",
+        dialect="sglang",
+        facts={"version": "1"},
+        prompts=(Prompt((1, 2), "grüße\n", "german"), Prompt(None, "x"), Prompt((7,))),
+        outputs=(output(1, 2, logprob=-1 / 3), (Place(Candidate(None, "é", math.nan)),), ()),
+        scores=(output(1, 2, logprob=-2 / 3),),
+        again={"alone": (output(1, 2),)},
+        notes=("a note",),
+        error="host: broke off",
+    )
+    file = tmp_path / "run.json"
+    odd.save(file)
+    found = Run.load(file)
+    # NaN is unlike itself, so that place is compared by its text.
+    assert found.outputs[1][0].token.text == "é"
+    assert math.isnan(found.outputs[1][0].logprob)
+    assert replace(found, outputs=()) == replace(odd, outputs=())
+    assert found.outputs[0] == odd.outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "format is None"),
+        ('{"format": "other/1"}', "format is 'other/1'"),
+        ("{", "not readable as JSON"),
+        ('{"format": "isomoe-parity-run/1", "name": "a"}', "not a whole run"),
+    ],
+)
+def test_a_file_that_is_no_run_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        Run.load(file)
+
+
+def test_runs_of_texts_alone_are_compared_word_by_word() -> None:
+    whole = run((Place(Candidate(None, "one two", math.nan)),))
+    assert tells_only_texts(whole)
+    assert not tells_only_texts(BASE)
+    names = {1: "one", 2: " two", 3: " three"}
+    ours = in_words(run(output(1, 2, 3)), lambda ids: "".join(names[token] for token in ids))
+    found = compare(ours, in_words(whole, None))
+    assert (found.common_tokens, found.free.tokens, found.forced) == (2, 0, None)

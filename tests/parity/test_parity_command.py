@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from isomoe.cli.main import main
 from isomoe.errors import ConfigError
-from isomoe.parity import injectable, instrument_of
+from isomoe.parity.inject import injectable, instrument_of
+from isomoe.parity.targets.base import TargetError
 from isomoe.prove import MUTANTS, known_configs
 from support import save_random, tiny_config
 
-FEW = ("--random-prompts", "2", "--max-tokens", "5")
+FEW = ("--random-prompts", "12", "--max-tokens", "8")
 
 
 @pytest.fixture(scope="module")
@@ -25,69 +27,96 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parity(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "isomoe.cli.main", "parity", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-def document(done: subprocess.CompletedProcess[str]) -> Any:
-    return json.loads(done.stdout, parse_constant=lambda name: pytest.fail(name))
+def document(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda name: pytest.fail(name))
 
 
-def test_a_clean_layout_agrees_and_one_that_sums_twice_differs(folder: Path) -> None:
-    layouts = ("--layouts", "tp1", "tp2", "tp2+double-reduce")
-    done = parity("--model", str(folder), *layouts, *FEW, "--json")
+def test_a_clean_layout_agrees_one_that_sums_twice_differs_and_the_block_is_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    words = ("tp1", "tp2", "tp2+double-reduce", "--bisect", "--out", str(tmp_path))
+    done = parity("--model", str(folder), *words, *FEW, "--json")
     assert done.returncode == 1, done.stderr
-    found = document(done)
-    clean, planted = found["rows"]
+    found = document(done.stdout)
+    clean, planted = found["targets"]
     assert clean["verdict"] in ("agrees", "identical")
-    assert clean["teacher_forced"]["max"] < 1e-4
-    assert planted["layout"] == "tp2+double-reduce"
     assert planted["verdict"] == "differs"
-    assert planted["teacher_forced"]["mean"] > 0.1
-    assert planted["teacher_forced"]["tokens"] == found["tokens"]
-    assert sum(prompt["n_tokens"] for prompt in planted["prompts"]) == found["tokens"]
-    assert found["conditions"]["dtype"] == "float32"
+    assert planted["effect"] > 100
+    (bisection,) = found["bisections"]
+    assert bisection["culprit"]["block_kind"] == "experts"
+    assert bisection["culprit"]["guess"] == "double reduce"
     assert done.stderr == ""
+    assert document((tmp_path / "report.json").read_text()) == found
+    assert "<html" in (tmp_path / "report.html").read_text()
+    runs = sorted(file.name for file in tmp_path.glob("0*.json"))
+    assert runs == ["01-tp1.json", "02-tp2.json", "03-tp2+double-reduce.json"]
 
 
-def test_the_same_layout_twice_is_identical_and_one_rank_has_nothing_to_sum(folder: Path) -> None:
-    words = ("--layouts", "tp1", "tp1", "--inject", "double-reduce")
+def test_a_saved_run_is_a_baseline_on_another_day(folder: Path, tmp_path: Path) -> None:
+    first = parity("--model", str(folder), "tp1", "tp2", *FEW, "--out", str(tmp_path / "a"))
+    assert first.returncode == 0, first.stderr
+    saved = f"file:{tmp_path / 'a' / '01-tp1.json'}"
+    words = ("--model", str(folder), saved, "tp1", "--max-tokens", "8")
+    again = parity(*words, "--out", str(tmp_path / "b"), "--json")
+    assert again.returncode == 0, again.stderr
+    (row,) = document(again.stdout)["targets"]
+    assert row["verdict"] == "identical"
+
+
+def test_the_layouts_flag_and_an_injected_defect_are_taken_as_before(
+    folder: Path, tmp_path: Path
+) -> None:
+    words = ("--layouts", "tp1", "tp1", "--inject", "sglang-23731", "--out", str(tmp_path))
     done = parity("--model", str(folder), *words, *FEW)
     assert done.returncode == 0, done.stderr
     assert "identical" in done.stdout
-    assert "tp1+double-reduce: one rank: there is nothing to sum or move" in done.stdout
-    assert "2/2 prompts" in done.stdout
+    assert "one rank: there is nothing to sum or move" in done.stdout
+    assert "12/12" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--layouts", "tp1"), "nothing to be compared with"),
-        (("--layouts", "tp1+double-reduce", "tp1"), "the first one is the baseline"),
-        (("--layouts", "tp1", "tp1+double-reduce", "--inject", "scale-twice"), "one at a time"),
-        (
-            ("--layouts", "tp1", "tp1", "--inject", "bias-on-every-rank"),
-            "the engine can run double",
-        ),
-        (("--layouts", "tp1", "tp1", "--inject", "conditional-collective"), "wait for one another"),
-        (("--layouts", "tp1", "tp1", "--inject", "typo"), "--inject typo: unknown"),
-        (("--layouts", "tp1", "tp1+"), "the name of a defect is missing"),
-        (("--layouts", "tp1", "dp2"), "tpN, the number of ranks, is missing"),
-        (("--layouts", "tp1", "tp1", "--max-tokens", "0"), "--max-tokens 0"),
-        (("--layouts", "tp1", "tp1", "--max-delta", "-1"), "--max-delta -1.0"),
-        (("--layouts", "tp1", "tp1", "--prompts", "nowhere"), "--prompts nowhere: not readable"),
-        (("--layouts", "tp1", "tp3,ep3"), "8"),
+        ((), "no target"),
+        (("tp1",), "nothing to be compared with"),
+        (("tp1+double-reduce", "tp1"), "the first target is the baseline"),
+        (("tp1", "tp1+double-reduce", "--inject", "scale-twice"), "one at a time"),
+        (("tp1", "http://127.0.0.1:1", "--inject", "scale-twice"), "is no layout"),
+        (("tp1", "tp1", "--inject", "unweighted-expert-bias"), "the model lacks biases"),
+        (("tp1", "tp1", "--inject", "conditional-collective"), "wait for one another"),
+        (("tp1", "tp1", "--inject", "typo"), "--inject typo: unknown"),
+        (("tp1", "tp1", "--inject", "torchtitan-4332"), "not planted"),
+        (("tp1", "tp1+"), "the name of a defect is missing"),
+        (("tp1", "dp2"), "tpN, the number of ranks, is missing"),
+        (("tp1", "./nowhere"), "is none; http://"),
+        (("tp1", "file:nowhere.json"), "file:nowhere.json: not readable"),
+        (("tp1", "tp1", "--max-tokens", "0"), "--max-tokens 0"),
+        (("tp1", "tp1", "--num-prompts", "0"), "--num-prompts 0"),
+        (("tp1", "tp1", "--max-delta", "-1"), "max -1.0: must be at least 0"),
+        (("tp1", "tp1", "--thresholds", "nowhere"), "--thresholds nowhere: not readable"),
+        (("tp1", "tp1", "--prompts", "nowhere"), "--prompts nowhere: not readable"),
+        (("tp1", "tp1", "--api-key-env", "ISOMOE_NO_SUCH"), "no such variable"),
+        (("tp1", "tp1", "--only", "scale-twice"), "--only: is for --mutants"),
+        (("tp1", "tp3,ep3"), "8"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_2(
-    folder: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_use_is_one_line_and_exit_2_before_anything_runs(
+    folder: Path,
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from isomoe.cli.main import main
-
-    assert main(["parity", "--model", str(folder), *words]) == 2
+    out = tmp_path / "out"
+    assert main(["parity", "--model", str(folder), *words, "--out", str(out)]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert message in said.err
     assert said.err.count("\n") == 1
+    assert not out.exists()
 
 
 def test_an_instrument_is_named_for_every_defect_that_the_engine_can_run() -> None:
@@ -97,29 +126,53 @@ def test_an_instrument_is_named_for_every_defect_that_the_engine_can_run() -> No
             with pytest.raises(ConfigError, match="the engine can run"):
                 instrument_of(mutant.name, mixed)
         elif "shared" in mutant.name:
-            with pytest.raises(ConfigError, match="has no block of the kind"):
+            with pytest.raises(ConfigError, match="the model lacks a shared expert"):
                 instrument_of(mutant.name, mixed)
-        else:
-            assert mutant.runs_in_engine
-            assert instrument_of(mutant.name, mixed).endswith(mutant.name.replace("-", "_"))
 
 
-def test_an_engine_that_dies_is_a_row_that_differs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_engine_that_dies_is_named_and_nothing_is_concluded(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from isomoe.cli.main import main
-    from isomoe.errors import EngineDeadError
-    from isomoe.parity import EngineTarget
+    from isomoe.parity.targets.engine import EngineTarget
 
     score = EngineTarget.score
 
-    def dies(self: EngineTarget, *args: Any) -> Any:
+    def dies(self: EngineTarget, *args: Any, **options: Any) -> Any:
         if self.defect:
-            raise EngineDeadError("rank 0 was killed")
-        return score(self, *args)
+            raise TargetError(f"{self.name}: rank 0 was killed")
+        return score(self, *args, **options)
 
     monkeypatch.setattr(EngineTarget, "score", dies)
-    words = ["--model", str(folder), "--layouts", "tp1", "tp1+scale-twice", *FEW, "--json"]
-    assert main(["parity", *words]) == 1
-    row = json.loads(capsys.readouterr().out)["rows"][0]
-    assert (row["verdict"], row["reasons"]) == ("differs", ["rank 0 was killed"])
+    words = ["tp1", "tp1+scale-twice", *FEW, "--out", str(tmp_path), "--json"]
+    assert main(["parity", "--model", str(folder), *words]) == 2
+    row = json.loads(capsys.readouterr().out)["targets"][0]
+    assert row["verdict"] == "not compared"
+    assert row["reasons"] == ["tp1+scale-twice: rank 0 was killed"]
+
+
+def test_mutants_say_who_sees_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """A refusal, a defect that cannot run, and one by its historic id."""
+    names = ["norm-on-partial", "conditional-collective", "vllm-ascend-14345"]
+    assert main(["parity", "--mutants", "--only", *names, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    refused, waits = found["rows"]
+    assert (refused["mutant"], refused["type_check"], refused["verdict"]) == (
+        "norm-on-partial",
+        True,
+        "refused",
+    )
+    assert (waits["proof"], waits["verdict"], waits["caught"]) == (True, "not run", True)
+    assert {one["fate"] for one in found["not_planted"]} == {"excluded by design", "out of scope"}
+    assert all(one["reason"] for one in found["not_planted"])
+
+
+@pytest.mark.slow
+def test_a_mutant_that_changes_numbers_is_told_apart_and_its_block_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["parity", "--mutants", "--only", "norm-counts-copies", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["proof"], row["verdict"], row["bisect_names"]) == (True, "differs", "attention")

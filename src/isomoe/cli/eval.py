@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     folder = resolve(args.model_path)
     if args.inject is not None:
         from isomoe.models import read_config
-        from isomoe.parity import instrument_of
+        from isomoe.parity.inject import instrument_of
 
         planted = instrument_of(args.inject, read_config(folder))
         config = replace(config, instrument=planted)

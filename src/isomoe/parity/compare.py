@@ -1,172 +1,76 @@
-"""What two recorded runs say of one another. Pure: no engine, no torch.
+"""What two runs say of one another, token by token. Pure: no engine, no torch, no judgement.
 
 Two comparisons, since each sees what the other cannot:
 
-- free: both decode greedily. Their log-probabilities are compared up to the first token in which
-  they differ, for what follows answers another text.
-- forced: both score the baseline's tokens, prompt and output in one prefill, so that a first
-  difference ends nothing. The baseline's own scores come from such a prefill too: prefill is
-  compared with prefill, and decode with decode.
+- free: both decode greedily. Log-probabilities are compared up to the first token in which they
+  differ, for what follows answers another text.
+- forced: both score the baseline's tokens, in one prefill of prompt and output, so that a first
+  difference ends nothing. Prefill is compared with prefill, and decode with decode.
 
 Everything that was recorded is counted. Nothing compared, a count that does not match, and a
-log-probability that is not finite are differences.
+log-probability that is not finite are faults, which `verdict` never takes for agreement.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import NamedTuple
 
-from isomoe.errors import ConfigError
-
-Ids = tuple[int, ...]
+from isomoe.parity.run import Candidate, Place, Run, Text
 
 
-class Verdict(StrEnum):
-    """IDENTICAL: same tokens, and every log-probability the same bits. AGREES: within tolerance."""
-
-    IDENTICAL = "identical"
-    AGREES = "agrees"
-    DIFFERS = "differs"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """The most that |delta logprob| may be, in nats.
+class TokenDelta(NamedTuple):
+    """One of the baseline's tokens, as both runs score it.
 
     Attributes:
-        mean: over all tokens.
-        most: of any one token.
-
-    Raises:
-        ConfigError: if one is negative or not finite.
+        delta: the other's log-probability less the baseline's, in nats.
+        rank: the other's rank of the token, from 1; None if not known.
+        kl: of the baseline's candidates from the other's, in nats; None if either tells none.
+        is_first: whether the other ranks it first; None if not known.
     """
 
-    mean: float
-    most: float
-
-    def __post_init__(self) -> None:
-        for flag, value in (("--max-mean-delta", self.mean), ("--max-delta", self.most)):
-            if not 0.0 <= value < math.inf:
-                raise ConfigError(f"{flag} {value}: must be at least 0 and finite")
-
-
-TOLERANCES = {
-    "bfloat16": Tolerance(mean=0.04, most=1.0),
-    "float32": Tolerance(mean=1e-4, most=1e-2),
-}
-"""By the model's dtype; they hold for the teacher-forced and for the decoded deltas.
-
-Teacher-forced mean / max, on CPUs with torch 2.13. Clean is the worst of tp2,dp2, tp2,dp2,ep2 and
-tp4,dp2,ep4 against tp2; mildest is the planted defect with the least effect (of double-reduce,
-double-reduce-attention, uncompensated-scale, scale-twice, missing-reduce, last-reduce-lost,
-one-axis-of-two and ragged-offsets in tp4,dp2,ep2; in float32 of double-reduce alone):
-
-    bfloat16, bundled, shipped questions     clean 0.0004 / 0.004 double-reduce 0.78 / 2.43
-    bfloat16, random weights and prompts     clean 0.008 / 0.25   mildest 0.167 / 0.594
-    float32, random weights and prompts      clean 4e-7 / 2e-6    mildest 0.501 / 1.35
-
-In bfloat16 neither limit alone finds every defect; the two together do, with a factor of 4 on
-either side. The maximum leaves room for a token whose experts a last bit chooses: the report
-behind SGLang #23731 has 0.28 at most after its fix.
-
-They are no promise for prompts far from what a model was trained on: with random prompts an earlier
-bundled checkpoint had places where bfloat16 rounding alone cost 19 nats (mean 0.04), and 0.001 in
-float32.
-"""
+    delta: float
+    rank: int | None = None
+    kl: float | None = None
+    is_first: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """A greedy continuation of one prompt.
+class Summary:
+    """|delta logprob| over some tokens, in nats. NaN if any of them is not finite, or none is.
 
     Attributes:
-        token_ids: the token that ended it is included.
-        logprobs: one for each token.
-        tops: for each token, the likeliest candidates in its place: (token id, logprob).
+        bias: the mean of the signed deltas.
     """
-
-    token_ids: Ids
-    logprobs: tuple[float, ...]
-    tops: tuple[tuple[tuple[int, float], ...], ...]
-
-    def logprob_of(self, token_id: int | None, place: int) -> float | None:
-        """What a candidate got in a place; None if it is not among those recorded."""
-        if place >= len(self.token_ids):
-            return None
-        if self.token_ids[place] == token_id:
-            return self.logprobs[place]
-        return dict(self.tops[place]).get(token_id) if token_id is not None else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recording:
-    """What one target gave.
-
-    Attributes:
-        name: the target's.
-        outputs: one for each prompt.
-        scores: for each prompt, the log-probabilities of the baseline's output tokens, scored in
-            one prefill of prompt and output.
-        seconds: wall time, of the start, the decode and the scoring.
-        notes: what a reader of the row should know.
-        error: why the recording is incomplete, if it is.
-    """
-
-    name: str
-    outputs: tuple[Output, ...] = ()
-    scores: tuple[tuple[float, ...], ...] = ()
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
-    error: str | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Output tokens of all prompts."""
-        return sum(len(output.token_ids) for output in self.outputs)
-
-    @property
-    def mean_logprob(self) -> float:
-        """Of the output tokens as they were decoded; NaN if there is none."""
-        found = [logprob for output in self.outputs for logprob in output.logprobs]
-        return math.fsum(found) / len(found) if found else math.nan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deltas:
-    """|delta logprob| over some tokens, in nats. NaN if any of them is not finite, or none is."""
 
     tokens: int
     mean: float
+    median: float
+    p99: float
     most: float
+    bias: float
 
     @classmethod
-    def of(cls, ones: Iterable[float], others: Iterable[float]) -> "Deltas":
-        """Of two lists of the same length."""
-        found = [abs(one - other) for one, other in zip(ones, others, strict=True)]
-        if not found or not all(map(math.isfinite, found)):
-            return cls(tokens=len(found), mean=math.nan, most=math.nan)
-        return cls(tokens=len(found), mean=math.fsum(found) / len(found), most=max(found))
+    def of(cls, deltas: Iterable[float]) -> "Summary":
+        """Of signed deltas."""
+        signed = list(deltas)
+        if not signed or not all(map(math.isfinite, signed)):
+            nan = math.nan
+            return cls(tokens=len(signed), mean=nan, median=nan, p99=nan, most=nan, bias=nan)
+        found = sorted(map(abs, signed))
+        return cls(
+            tokens=len(found),
+            mean=math.fsum(found) / len(found),
+            median=quantile(found, 0.5),
+            p99=quantile(found, 0.99),
+            most=found[-1],
+            bias=math.fsum(signed) / len(signed),
+        )
 
-    def within(self, tolerance: Tolerance) -> bool:
-        """Whether both hold; NaN does not."""
-        return self.mean <= tolerance.mean and self.most <= tolerance.most
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A token that one of two runs chose, with the logprob that each gave it (None: not known)."""
-
-    token_id: int | None
-    baseline: float | None
-    other: float | None
-
-    @property
-    def delta(self) -> float:
-        """|delta logprob|; infinite where a run had it below its recorded candidates."""
-        if self.baseline is None or self.other is None:
-            return math.inf
-        return abs(self.baseline - self.other)
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The smallest of the ordered values that at least `share` of them do not exceed."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,17 +79,16 @@ class FirstDifference:
 
     Attributes:
         place: index of the output token.
-        baseline: what the baseline chose; its token is None if it had ended.
-        other: what the other chose.
+        baseline, other: what each chose; None if it had ended.
+        baseline_of_other: the baseline's log-probability of the other's choice; None if not known.
+        other_of_baseline: the other's, of the baseline's choice.
     """
 
     place: int
-    baseline: Candidate
-    other: Candidate
-
-    def is_near_tie(self, tolerance: Tolerance) -> bool:
-        """Whether both runs give both candidates the same logprob, up to the tolerance."""
-        return max(self.baseline.delta, self.other.delta) <= tolerance.most
+    baseline: Candidate | None
+    other: Candidate | None
+    baseline_of_other: float | None
+    other_of_baseline: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,43 +98,41 @@ class PromptComparison:
     Attributes:
         num_tokens: of the baseline's output.
         common_prefix: tokens until the first difference.
-        free: over the common prefix.
-        forced: over all of the baseline's tokens.
+        free: signed deltas over the common prefix; empty where a run tells no log-probability.
+        forced: over all of the baseline's tokens; None where the other cannot score them.
         first_difference: None if the tokens are the same.
         is_identical: whether tokens and log-probabilities are the same bits.
     """
 
     num_tokens: int
     common_prefix: int
-    free: Deltas
-    forced: Deltas
+    free: tuple[float, ...]
+    forced: tuple[TokenDelta, ...] | None
     first_difference: FirstDifference | None
     is_identical: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A row of the table: one run against the baseline.
+    """One run against the baseline.
 
     Attributes:
-        num_prompts: the baseline's.
-        num_tokens: the baseline's output tokens.
-        prompts: one for each prompt; none if the recording was incomplete.
+        fault: why nothing can be concluded; None if something can.
+        prompts: one for each prompt; none where there is a fault.
         free: over the common prefixes of all prompts.
-        forced: over all of the baseline's tokens.
-        reasons: why it differs; empty if it does not.
+        forced: over all of the baseline's tokens; None if the other cannot score them.
+        kl: the mean over tokens; None if not known.
+        top1: the share of the baseline's tokens that the other ranks first; None if not known.
     """
 
-    name: str
-    verdict: Verdict
-    reasons: tuple[str, ...]
-    num_prompts: int
-    num_tokens: int
+    baseline: Run
+    other: Run
+    fault: str | None
     prompts: tuple[PromptComparison, ...]
-    free: Deltas
-    forced: Deltas
-    notes: tuple[str, ...]
-    seconds: float
+    free: Summary
+    forced: Summary | None
+    kl: float | None
+    top1: float | None
 
     @property
     def common_tokens(self) -> int:
@@ -243,145 +144,156 @@ class Comparison:
         """Prompts whose tokens are all the same."""
         return sum(prompt.first_difference is None for prompt in self.prompts)
 
+    @property
+    def is_identical(self) -> bool:
+        """Whether everything that was compared is the same bits; not where nothing was."""
+        return bool(self.prompts) and all(prompt.is_identical for prompt in self.prompts)
 
-def compare(baseline: Recording, other: Recording, tolerance: Tolerance) -> Comparison:
-    """The verdict on `other`.
 
-    It differs if the forced deltas exceed the tolerance, if the free ones do, or if a token
-    differs where the two runs do not see a near tie. A token that differs in a near tie alone is
-    no difference: it is reported as a note. (The free half is needed: a defect that only decode
-    has leaves no trace in a prefill.)
-    """
-    reasons = list(_faults(baseline, other))
+def compare(baseline: Run, other: Run) -> Comparison:
+    """Puts two runs side by side."""
+    fault = fault_of(baseline, other)
     prompts: tuple[PromptComparison, ...] = ()
-    nothing = Deltas.of((), ())
-    free = forced = nothing
-    notes = list(other.notes)
-    if not reasons:
+    if fault is None:
         prompts = tuple(
-            _compare_prompt(*each)
-            for each in zip(
-                baseline.outputs, other.outputs, baseline.scores, other.scores, strict=True
-            )
+            _compare_prompt(baseline, other, index) for index in range(len(baseline.outputs))
         )
-        ones = [
-            logprob
-            for output, prompt in zip(baseline.outputs, prompts, strict=True)
-            for logprob in output.logprobs[: prompt.common_prefix]
-        ]
-        others = [
-            logprob
-            for output, prompt in zip(other.outputs, prompts, strict=True)
-            for logprob in output.logprobs[: prompt.common_prefix]
-        ]
-        free = Deltas.of(ones, others)
-        forced = Deltas.of(_joined(baseline.scores), _joined(other.scores))
-        reasons += _over("teacher-forced", forced, tolerance)
-        if free.tokens:
-            reasons += _over("decoded", free, tolerance)
-        parted = [p.first_difference for p in prompts if p.first_difference is not None]
-        ties = sum(difference.is_near_tie(tolerance) for difference in parted)
-        if ties < len(parted):
-            reasons.append(f"{_count(len(parted) - ties, 'prompt')} part where neither run is torn")
-        if ties:
-            notes.append(f"{_count(ties, 'prompt')} part in a near tie")
-    if reasons:
-        verdict = Verdict.DIFFERS
-    elif all(prompt.is_identical for prompt in prompts):
-        verdict = Verdict.IDENTICAL
-    else:
-        verdict = Verdict.AGREES
+    forced = [token for prompt in prompts for token in prompt.forced or ()]
+    is_forced = bool(prompts) and all(prompt.forced is not None for prompt in prompts)
+    divergences = [token.kl for token in forced if token.kl is not None]
+    firsts = [token.is_first for token in forced if token.is_first is not None]
     return Comparison(
-        name=other.name,
-        verdict=verdict,
-        reasons=tuple(reasons),
-        num_prompts=len(baseline.outputs),
-        num_tokens=baseline.num_tokens,
+        baseline=baseline,
+        other=other,
+        fault=fault,
         prompts=prompts,
-        free=free,
-        forced=forced,
-        notes=tuple(notes),
-        seconds=other.seconds,
+        free=Summary.of(delta for prompt in prompts for delta in prompt.free),
+        forced=Summary.of(token.delta for token in forced) if is_forced else None,
+        kl=math.fsum(divergences) / len(divergences) if divergences else None,
+        top1=sum(firsts) / len(firsts) if firsts else None,
     )
 
 
-def common_prefix(ones: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences share before they first differ."""
+def fault_of(baseline: Run, other: Run) -> str | None:
+    """Why a comparison would be worth nothing; None if it is worth something."""
+    return next(iter(_faults(baseline, other)), None)
+
+
+def _faults(baseline: Run, other: Run) -> Iterable[str]:
+    if not baseline.outputs:
+        yield f"{baseline.name}: nothing to compare"
+    count = len(baseline.outputs)
+    for run in (baseline, other):
+        if run.error is not None:
+            yield run.error
+            return
+        if len(run.outputs) != count:
+            yield f"{run.name}: outputs of {len(run.outputs)} of {count} prompts"
+            return
+        if run.scores is not None and len(run.scores) != count:
+            yield f"{run.name}: scores of {len(run.scores)} of {count} prompts"
+            return
+        for index, output in enumerate(run.outputs):
+            if not output:
+                yield f"{run.name}: prompt {index}: no output token"
+                return
+    for index, wanted in enumerate(baseline.outputs):
+        for run in (baseline, other):
+            if run.scores is None:
+                continue
+            scored = run.scores[index]
+            if len(scored) != len(wanted):
+                yield (f"{run.name}: prompt {index}: {len(scored)} of {len(wanted)} tokens scored")
+                return
+            if not all(s.token.is_token_of(w.token) for s, w in zip(scored, wanted, strict=True)):
+                yield f"{run.name}: prompt {index}: scored other tokens than the baseline's"
+                return
+
+
+def common_prefix(ones: Text, others: Text) -> int:
+    """How many tokens two outputs share before they first differ."""
     for place, (one, other) in enumerate(zip(ones, others, strict=False)):
-        if one != other:
+        if not one.token.is_token_of(other.token):
             return place
     return min(len(ones), len(others))
 
 
-def _compare_prompt(
-    ours: Output, theirs: Output, scores: tuple[float, ...], other_scores: tuple[float, ...]
-) -> PromptComparison:
-    shared = common_prefix(ours.token_ids, theirs.token_ids)
-    same = ours.token_ids == theirs.token_ids
+def divergence(ours: Place, theirs: Place) -> float | None:
+    """KL of our distribution from theirs, in nats, as far as the candidates tell.
+
+    Candidates that both list count one by one; all others are one candidate more, which has what
+    is left of the probability. That is a lower bound of the true divergence.
+    """
+    if not ours.top or not theirs.top:
+        return None
+    pairs = [
+        (mine.logprob, their)
+        for mine in ours.top
+        if (their := theirs.logprob_of(mine)) is not None and math.isfinite(mine.logprob)
+    ]
+    if not pairs:
+        return None
+    total = math.fsum(math.exp(p) * (p - q) for p, q in pairs)
+    rest_p = 1.0 - math.fsum(math.exp(p) for p, _ in pairs)
+    rest_q = 1.0 - math.fsum(math.exp(q) for _, q in pairs)
+    if rest_p > _ROUNDING and rest_q > _ROUNDING:
+        total += rest_p * (math.log(rest_p) - math.log(rest_q))
+    return max(0.0, total)
+
+
+_ROUNDING = 1e-6
+"""What is left of 1 less a sum of probabilities that were rounded to fp32 is no probability."""
+
+
+def _compare_prompt(baseline: Run, other: Run, index: int) -> PromptComparison:
+    ours, theirs = baseline.outputs[index], other.outputs[index]
+    shared = common_prefix(ours, theirs)
+    free = tuple(
+        theirs[place].logprob - ours[place].logprob
+        for place in range(shared)
+        if not (math.isnan(ours[place].logprob) or math.isnan(theirs[place].logprob))
+    )
+    same = shared == len(ours) == len(theirs)
+    forced = None
+    if baseline.scores is not None and other.scores is not None:
+        forced = tuple(
+            TokenDelta(
+                delta=their.logprob - our.logprob,
+                rank=their.rank,
+                kl=divergence(our, their),
+                is_first=_is_first(their),
+            )
+            for our, their in zip(baseline.scores[index], other.scores[index], strict=True)
+        )
     return PromptComparison(
-        num_tokens=len(ours.token_ids),
+        num_tokens=len(ours),
         common_prefix=shared,
-        free=Deltas.of(ours.logprobs[:shared], theirs.logprobs[:shared]),
-        forced=Deltas.of(scores, other_scores),
+        free=free,
+        forced=forced,
         first_difference=None if same else _parting(ours, theirs, shared),
-        is_identical=same and ours.logprobs == theirs.logprobs and scores == other_scores,
+        is_identical=same
+        and len(free) == shared
+        and not any(free)
+        and forced is not None
+        and all(token.delta == 0.0 for token in forced),
     )
 
 
-def _parting(ours: Output, theirs: Output, place: int) -> FirstDifference:
-    def candidate(output: Output) -> Candidate:
-        token = output.token_ids[place] if place < len(output.token_ids) else None
-        return Candidate(
-            token_id=token,
-            baseline=ours.logprob_of(token, place),
-            other=theirs.logprob_of(token, place),
-        )
-
-    return FirstDifference(place=place, baseline=candidate(ours), other=candidate(theirs))
+def _is_first(place: Place) -> bool | None:
+    """Whether the token is ranked first; a token that is not among the candidates is not."""
+    if place.rank is not None:
+        return place.rank == 1
+    return place.top[0].is_token_of(place.token) if place.top else None
 
 
-def _faults(baseline: Recording, other: Recording) -> Iterable[str]:
-    """What forbids a comparison."""
-    for recording in (baseline, other):
-        who = "" if recording is other else "baseline: "
-        if recording.error is not None:
-            yield f"{who}{recording.error}"
-            return
-        for what, found in (("outputs", recording.outputs), ("scores", recording.scores)):
-            if len(found) != len(baseline.outputs):
-                yield f"{who}{what} of {len(found)} of {len(baseline.outputs)} prompts"
-                return
-        for index, output in enumerate(recording.outputs):
-            wanted = len(baseline.outputs[index].token_ids)
-            scored = len(recording.scores[index])
-            if scored != wanted:
-                yield f"{who}prompt {index}: {scored} of {wanted} tokens scored"
-                return
-            if not len(output.token_ids) == len(output.logprobs) == len(output.tops):
-                yield f"{who}prompt {index}: not every output token has a log-probability"
-                return
-            if not output.token_ids:
-                yield f"{who}prompt {index}: no output token"
-                return
-    if not baseline.outputs:
-        yield "nothing was compared"
-
-
-def _over(what: str, deltas: Deltas, tolerance: Tolerance) -> Iterable[str]:
-    if math.isnan(deltas.mean):
-        yield f"{what}: a log-probability is not finite"
-        return
-    for name, value, limit in (
-        ("mean", deltas.mean, tolerance.mean),
-        ("max", deltas.most, tolerance.most),
-    ):
-        if value > limit:
-            yield f"{what}: {name} |delta| {value:.3g} is above {limit:g}"
-
-
-def _joined(scores: Sequence[Sequence[float]]) -> list[float]:
-    return [score for each in scores for score in each]
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _parting(ours: Text, theirs: Text, place: int) -> FirstDifference:
+    mine = ours[place] if place < len(ours) else None
+    their = theirs[place] if place < len(theirs) else None
+    both = mine is not None and their is not None
+    return FirstDifference(
+        place=place,
+        baseline=mine and mine.token,
+        other=their and their.token,
+        baseline_of_other=mine.logprob_of(their.token) if both else None,  # type: ignore[union-attr]
+        other_of_baseline=their.logprob_of(mine.token) if both else None,  # type: ignore[union-attr]
+    )

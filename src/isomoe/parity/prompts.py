@@ -1,31 +1,44 @@
 """Which prompts a comparison runs on."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from isomoe.errors import ConfigError
-from isomoe.parity.compare import Ids
-from isomoe.tokenizer import Tokenizer
+from isomoe.parity.run import Ids, Prompt
 
-SHIPPED = 20
+DEFAULT_COUNT = 120
+"""Enough for a layer that is 1% off, in 100 tokens each: docs/parity.md."""
 ANSWER_TOKENS = (60, 100)
-"""Reference answers of the shipped questions: long enough for a drift to show."""
+"""Reference answers of a checkpoint's own questions: long enough for a drift to show."""
+SHIPPED = Path(str(resources.files("isomoe.parity"))) / "prompts.jsonl"
+"""Texts for any model: languages, code, mathematics, and a few long ones."""
 _RANDOM_TOKENS = (8, 48)
+
+Encode = Callable[[str], Sequence[int]]
+"""A tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """Prompts as token ids.
-
-    Attributes:
-        source: where they come from, for the report.
-    """
+    """Prompts, and where they come from, for the report."""
 
     source: str
-    token_ids: tuple[Ids, ...]
+    prompts: tuple[Prompt, ...]
+
+    def encoded(self, encode: Encode) -> "Prompts":
+        """The same, with the token ids of their texts."""
+        return Prompts(
+            source=self.source,
+            prompts=tuple(
+                prompt._replace(token_ids=tuple(encode(prompt.text))) if prompt.text else prompt
+                for prompt in self.prompts
+            ),
+        )
 
 
 def question_prompt(question: str) -> str:
@@ -33,47 +46,52 @@ def question_prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
-def from_file(path: str, tokenizer: Tokenizer) -> Prompts:
+def from_file(path: str, count: int | None = None) -> Prompts:
     """One prompt a line: its text, or an object with "prompt", or with "question".
 
-    A "prompt" is taken as it is; a "question" is put into `question_prompt`.
+    A "prompt" is taken as it is; a "question" is put into `question_prompt`; a "kind" names its
+    sort.
+
+    Args:
+        count: only so many, the first ones.
 
     Raises:
         ConfigError: if the file cannot be read, or has no prompt.
     """
-    lines = _read(Path(path), f"--prompts {path}").splitlines()
-    texts = [
-        _text(line, f"--prompts {path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not texts:
-        raise ConfigError(f"--prompts {path}: no line that is not blank")
-    ids = tuple([tokenizer.encode(text) for text in texts])
-    return Prompts(source=path, token_ids=ids)
+    return Prompts(source=path, prompts=_lines(Path(path), f"--prompts {path}")[:count])
 
 
-def shipped(file: Path, tokenizer: Tokenizer) -> Prompts:
-    """20 questions of a held-out set whose reference answers run from 60 to 100 tokens.
+def shipped(count: int) -> Prompts:
+    """The texts that ship with isomoe, every kind in turn."""
+    found = _lines(SHIPPED, SHIPPED.name)
+    return Prompts(source="prompts that ship with isomoe", prompts=found[:count])
+
+
+def questions(file: Path, encode: Encode, count: int) -> Prompts:
+    """Questions of a checkpoint's held-out set whose reference answers run from 60 to 100 tokens.
 
     They are spread evenly over those answers, ordered by length and then by line.
+
+    Raises:
+        ConfigError: if there are not so many.
     """
     least, most = ANSWER_TOKENS
     found: list[tuple[int, int, str]] = []
     for number, line in enumerate(_read(file, str(file)).splitlines()):
         problem = json.loads(line)
-        length = len(tokenizer.encode(f" {problem['answer']}")) + 1  # the end token
+        length = len(encode(f" {problem['answer']}")) + 1  # the end token
         if least <= length <= most:
             found.append((length, number, problem["question"]))
     found.sort()
-    if len(found) < SHIPPED:
+    if len(found) < count:
         raise ConfigError(
-            f"{file}: {len(found)} answers have {least} to {most} tokens, {SHIPPED} are needed; "
-            "--prompts FILE or --random-prompts M would work"
+            f"{file}: {len(found)} answers have {least} to {most} tokens, {count} are wanted; "
+            f"--num-prompts {len(found)}, --prompts FILE or --random-prompts M would work"
         )
-    chosen = [found[index * len(found) // SHIPPED] for index in range(SHIPPED)]
-    ids = tuple([tokenizer.encode(question_prompt(question)) for _, _, question in chosen])
-    return Prompts(source=file.name, token_ids=ids)
+    chosen = [found[index * len(found) // count] for index in range(count)]
+    texts = [question_prompt(question) for _, _, question in chosen]
+    prompts = tuple(Prompt(tuple(encode(text)), text, "question") for text in texts)
+    return Prompts(source=file.name, prompts=prompts)
 
 
 def random_ids(count: int, vocab_size: int, seed: int) -> Prompts:
@@ -85,13 +103,23 @@ def random_ids(count: int, vocab_size: int, seed: int) -> Prompts:
     if count < 1:
         raise ConfigError(f"--random-prompts {count}: must be at least 1")
     random = Random(seed)
-    ids = tuple(
-        [
-            tuple([random.randrange(vocab_size) for _ in range(random.randint(*_RANDOM_TOKENS))])
-            for _ in range(count)
-        ]
+
+    def drawn() -> Ids:
+        return tuple(random.randrange(vocab_size) for _ in range(random.randint(*_RANDOM_TOKENS)))
+
+    prompts = tuple(Prompt(drawn(), kind="random") for _ in range(count))
+    return Prompts(source=f"random tokens, seed {seed}", prompts=prompts)
+
+
+def _lines(file: Path, where: str) -> tuple[Prompt, ...]:
+    prompts = tuple(
+        _prompt(line, f"{where}, line {number}")
+        for number, line in enumerate(_read(file, where).splitlines(), 1)
+        if line.strip()
     )
-    return Prompts(source=f"random tokens, seed {seed}", token_ids=ids)
+    if not prompts:
+        raise ConfigError(f"{where}: no line that is not blank")
+    return prompts
 
 
 def _read(file: Path, what: str) -> str:
@@ -101,9 +129,9 @@ def _read(file: Path, what: str) -> str:
         raise ConfigError(f"{what}: not readable ({error})") from None
 
 
-def _text(line: str, where: str) -> str:
+def _prompt(line: str, where: str) -> Prompt:
     if not line.lstrip().startswith("{"):
-        return line
+        return Prompt(None, line)
     try:
         entry: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -112,5 +140,5 @@ def _text(line: str, where: str) -> str:
         if key in entry:
             if not isinstance(entry[key], str) or not entry[key]:
                 raise ConfigError(f"{where}: {key!r} must be a text that is not empty")
-            return form(entry[key])
+            return Prompt(None, form(entry[key]), str(entry.get("kind", "")))
     raise ConfigError(f'{where}: has neither "prompt" nor "question"')

@@ -1,0 +1,1 @@
+"""What can be compared: one file a sort of target."""

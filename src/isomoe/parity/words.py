@@ -1,0 +1,48 @@
+"""Outputs as words: what is left to compare where a target tells texts alone. Pure."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from isomoe.parity.run import Candidate, Place, Run, Text
+
+_WORD = re.compile(r"\s*\S+|\s+")
+
+Decode = Callable[[tuple[int, ...]], str]
+"""Token ids to text."""
+
+
+def tells_only_texts(run: Run) -> bool:
+    """Whether no output token of it has a log-probability."""
+    places = [place for output in run.outputs for place in output]
+    return bool(places) and all(math.isnan(place.logprob) for place in places)
+
+
+def in_words(run: Run, decode: Decode | None) -> Run:
+    """The run's outputs cut at white space, without log-probabilities.
+
+    Args:
+        decode: of the model, for a run that tells ids alone; without it such a run stays as it is.
+    """
+    if run.error is not None:
+        return run
+    outputs = []
+    for output in run.outputs:
+        text = _text(output, decode)
+        if text is None:
+            return run
+        outputs.append(tuple(_place(word) for word in _WORD.findall(text.strip())))
+    return replace(run, outputs=tuple(outputs), scores=None, again={})
+
+
+def _place(word: str) -> Place:
+    return Place(Candidate(None, word, math.nan))
+
+
+def _text(output: Text, decode: Decode | None) -> str | None:
+    texts = [place.token.text for place in output]
+    if None not in texts:
+        return "".join(text or "" for text in texts)
+    ids = tuple(place.token.token_id or 0 for place in output)
+    return None if decode is None else decode(ids)
