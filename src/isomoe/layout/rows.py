@@ -5,7 +5,7 @@ splits each group's rows further, evenly, in rank order. Padding rows stand at t
 group: they have a place but no meaning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -102,6 +102,11 @@ class TokenRows(Rows):
         prefix, width = len(self.mesh.attn_dp), self.mesh.parallelism.attn_tp
         return tuple(self.span(rank, prefix) for rank in range(0, self.mesh.size, width))
 
+    @cached_property
+    def _padding(self) -> dict[tuple[int, int], list[slice]]:
+        """Padding rows by span, found when they are asked for."""
+        return {}
+
     @property
     def has_padding(self) -> bool:
         """Whether any group has padding rows."""
@@ -109,13 +114,16 @@ class TokenRows(Rows):
 
     def padding(self, rank: int, row_axes: int) -> list[slice]:
         """The padding rows among those that `rank` holds when `row_axes` axes are S."""
-        start, stop = self.span(rank, row_axes)
-        found = []
+        span = self.span(rank, row_axes)
+        if span not in self._padding:
+            self._padding[span] = list(self._padding_in(*span))
+        return self._padding[span]
+
+    def _padding_in(self, start: int, stop: int) -> Iterator[slice]:
         for (first, last), real in zip(self.groups, self.real, strict=True):
             low, high = max(first + real, start), min(last, stop)
             if low < high:
-                found.append(slice(low - start, high - start))
-        return found
+                yield slice(low - start, high - start)
 
     def select(self, chosen: Sequence[Sequence[int]]) -> "LogitsRows":
         """The rows still needed at the end of the step.
