@@ -20,7 +20,7 @@ from isomoe.prove.corpus import Level
 from isomoe.prove.levels import levels
 from isomoe.prove.miniature import checkpoint, miniature
 from isomoe.prove.mutants import Mutant, Needs, When
-from prove.planted import STEPS, Ranks, Seen, Step, parted, writers
+from prove.mutant_steps import STEPS, Ranks, Seen, Step, parted, writers
 
 MODELS = sorted({mutant.model for mutant in MUTANTS})
 LATER = {"missing-reduce", "layout-from-shape"}
