@@ -1,6 +1,7 @@
 """Families through the engine, against their oracles."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from isomoe.engine import LLM, SamplingParams
 from isomoe.engine.sampling_params import DenoisingStrategy
 from isomoe.models import BlockDiffusion
 
-_LENGTHS = (21, 1, 10)
+LENGTHS = (21, 1, 10)
+"""Of prompts: with small prefill chunks some decode beside pieces of others."""
 _NEW = 6
 
 
@@ -22,13 +24,19 @@ def family_cases() -> list[Case]:
     return [case for module in modules for case in getattr(module, "CASES", ())]
 
 
-def prompts() -> list[list[int]]:
-    """Of several lengths: with small prefill chunks some decode beside pieces of others."""
+def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    """Random tokens."""
     draw = torch.Generator().manual_seed(7)
-    return [torch.randint(3, 130, (length,), generator=draw).tolist() for length in _LENGTHS]
+    return [torch.randint(3, 130, (length,), generator=draw).tolist() for length in lengths]
 
 
-def check_answers(engine: LLM, oracle: Oracle, most: float) -> None:
+def check_answers(
+    engine: LLM,
+    oracle: Oracle,
+    most: float,
+    lengths: Sequence[int] = LENGTHS,
+    new_tokens: int = _NEW,
+) -> None:
     """Asserts that every logprob of greedy answers, and of their prompts, is within `most` nats of
     the oracle's, and that no token is likelier than the chosen one by more than that."""
     diffusion = engine.core.info.diffusion
@@ -36,14 +44,15 @@ def check_answers(engine: LLM, oracle: Oracle, most: float) -> None:
         _check_blocks(engine, oracle, most, diffusion)
         return
     params = SamplingParams(
-        max_tokens=_NEW, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0
+        max_tokens=new_tokens, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0
     )
-    for prompt, output in zip(prompts(), engine.generate(prompts(), params), strict=True):
-        assert len(output.token_ids) == _NEW
+    asked = prompts(lengths)
+    for prompt, output in zip(asked, engine.generate(asked, params), strict=True):
+        assert len(output.token_ids) == new_tokens
         expected = oracle(torch.tensor([*prompt, *output.token_ids])).log_softmax(-1)
         found = [*(output.prompt_logprobs or ()), *(output.logprobs or ())]
         found = [token for token in found if token is not None]
-        assert len(found) == len(prompt) + _NEW - 1
+        assert len(found) == len(prompt) + new_tokens - 1
         for row, token in zip(expected, found, strict=False):
             assert abs(float(row[token.token_id]) - token.logprob) < most
         for row, chosen in zip(expected[len(prompt) - 1 :], output.token_ids, strict=False):

@@ -1,6 +1,7 @@
 """The rows of one step, as one rank sees them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,7 +37,13 @@ class Batch:
         """[all ranks' rows] bool, which of them are tokens; None if all are."""
         if self.real is not None or not self.rows.has_padding:
             return self.real
-        real = torch.ones(self.rows.total, dtype=torch.bool, device=device)
-        for padding in self.rows.padding(self.rank, 0):
-            real[padding] = False
-        return real
+        return _real(self.rows, device)
+
+
+@lru_cache(maxsize=4)
+def _real(rows: TokenRows, device: torch.device) -> Tensor:
+    """The same for every layer of a step, and on every rank. Nobody writes to it."""
+    real = torch.ones(rows.total, dtype=torch.bool, device=device)
+    for padding in rows.padding(0, 0):
+        real[padding] = False
+    return real

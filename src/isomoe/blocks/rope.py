@@ -30,7 +30,8 @@ class Rope:
         self.dim = dim
         self.interleaved = interleaved
         self.amplitude = amplitude
-        self._frequencies = frequencies(dim, theta, scaling)
+        self._turns = theta, scaling
+        self._frequencies: Tensor | None = None  # made when first used: the proof never does
         self._tables: tuple[Tensor, Tensor] | None = None
         self._last: tuple[Batch, tuple[Tensor, Tensor]] | None = None
 
@@ -48,6 +49,6 @@ class Rope:
         return self._last[1]
 
     def _rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self._frequencies.device != positions.device:  # once: a captured step copies nothing
-            self._frequencies = self._frequencies.to(positions.device)
+        if self._frequencies is None:  # once: a captured step copies nothing
+            self._frequencies = frequencies(self.dim, *self._turns).to(positions.device)
         return rope_rows(positions, self._frequencies, self.amplitude)

@@ -120,20 +120,33 @@ def cheapest(
     Raises:
         PlacementError: if no chain exists; names the axis and the letters.
     """
+    for here, total, chain in chains_from(before, cost, avoid):
+        if here == after:
+            return total, chain
+    raise unreachable(before, after)
+
+
+def chains_from(
+    before: Placement, cost: Callable[[Move], float], avoid: Move | None = None
+) -> Iterator[tuple[Placement, float, tuple[Move, ...]]]:
+    """Every placement that moves lead to, nearest first, with the cheapest chain and its cost."""
     order = count()
     queue: list[tuple[float, int, Placement, tuple[Move, ...]]] = [(0.0, next(order), before, ())]
     done: set[Placement] = set()
     while queue:
         total, _, here, chain = heapq.heappop(queue)
-        if here == after:
-            return total, chain
         if here in done:
             continue
         done.add(here)
+        yield here, total, chain
         for move in moves_from(here):
             if move.after not in done and (chain or move != avoid):
                 heapq.heappush(queue, (total + cost(move), next(order), move.after, (*chain, move)))
+
+
+def unreachable(before: Placement, after: Placement) -> PlacementError:
+    """That no chain of moves leads from one placement to another; names the axis and the letters."""
     for axis, (old, new) in enumerate(zip(before, after, strict=True)):
         if old != new and (new in "PC" or old == "C"):
-            raise PlacementError(f"no move turns axis {axis} from {old} into {new}")
-    raise PlacementError(f"no chain of moves turns {before} into {after}")
+            return PlacementError(f"no move turns axis {axis} from {old} into {new}")
+    return PlacementError(f"no chain of moves turns {before} into {after}")

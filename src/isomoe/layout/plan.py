@@ -16,7 +16,7 @@ from isomoe.errors import PlacementError
 from isomoe.layout.chain import BlockSpec, Chain, Variant
 from isomoe.layout.cost import CostModel, Machine
 from isomoe.layout.mesh import Mesh
-from isomoe.layout.moves import Move, cheapest
+from isomoe.layout.moves import Move, chains_from, cheapest, unreachable
 from isomoe.layout.parallelism import Parallelism
 from isomoe.layout.placement import Placement, row_sharded
 
@@ -289,6 +289,7 @@ class _Routes:
         self._cost = cost
         self._regime = regime
         self._found: dict[_Pair, tuple[float, tuple[Move, ...], int]] = {}
+        self._search: dict[Placement, Iterator[tuple[Placement, float, tuple[Move, ...]]]] = {}
         self._routes: dict[_Pair, Route] = {}
         self._prices: dict[Move, float] = {}
 
@@ -298,11 +299,16 @@ class _Routes:
         Raises:
             PlacementError: if there are none.
         """
-        found = self._found.get(key)
-        if found is None:
-            us, moves = cheapest(*key, self._price)
-            found = self._found[key] = us, moves, _number(moves)
-        return found
+        before, after = key
+        if before not in self._search:
+            self._search[before] = chains_from(before, self._price)
+        while key not in self._found:  # one search serves all that lie on its way
+            reached = next(self._search[before], None)
+            if reached is None:
+                raise unreachable(before, after)
+            here, us, moves = reached
+            self._found[before, here] = us, moves, _number(moves)
+        return self._found[key]
 
     def between(self, before: Placement, after: Placement) -> Route:
         """The cheapest route, and the one that it beat.
