@@ -126,6 +126,7 @@ def test_a_kernel_says_what_it_looks_for() -> None:
         assert {one.rows for one in asked} == {rows}
 
 
+@pytest.mark.slow
 def test_whatever_a_kernel_looks_for_can_be_tuned() -> None:
     """In bf16, as on GPUs."""
     known = set(tuner.tunable())

@@ -30,14 +30,14 @@ class RaisesOnRank1(Quiet):
             raise ZeroDivisionError("planted")
 
 
-class DoublesTheNorm(Quiet):
+class BluntsTheNorm(Quiet):
     """Changes the model, so that a test sees that it was called."""
 
     def in_model(self, model: CausalLM) -> None:
-        model.norm.weight *= 2
+        model.norm.eps += 1.0
 
 
 raises_on_rank_1 = RaisesOnRank1()
-doubles_the_norm = DoublesTheNorm()
+blunts_the_norm = BluntsTheNorm()
 quiet = Quiet()
 lacks_methods = object()

@@ -213,6 +213,6 @@ def test_text_stop_texts_and_chat(text_folder: Path) -> None:
 
 
 def test_the_instrument_is_called(llm: LLM, folder: Path) -> None:
-    with LLM(str(folder), device="cpu", instrument="planted:doubles_the_norm") as other:
+    with LLM(str(folder), device="cpu", instrument="planted:blunts_the_norm") as other:
         changed = other.generate(PROMPTS, GREEDY)
     assert changed[0].logprobs != llm.generate(PROMPTS, GREEDY)[0].logprobs

@@ -83,6 +83,7 @@ def test_a_dead_part_ends_every_stream_with_an_error_and_the_server_with_exit_co
         assert "was killed by" in "".join(server.log)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_nothing_runs_ends_the_server() -> None:
     with running("--tp-size", "2") as server:
         os.kill(server.worker_pids[0], signal.SIGKILL)
@@ -90,6 +91,7 @@ def test_a_worker_that_dies_while_nothing_runs_ends_the_server() -> None:
         wait_gone([server.engine_pid, *server.worker_pids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "named"), [("worker", "rank 1"), ("engine", "engine process")])
 def test_a_part_that_hangs_is_given_up(victim: str, named: str) -> None:
     with running(*DP2, "--watchdog-timeout-seconds", "2") as server:
@@ -128,6 +130,7 @@ def test_requests_that_arrive_while_the_engine_dies_are_answered_and_the_server_
         assert server.process.wait(LIMIT_SECONDS) == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_front_end_that_was_killed() -> None:
     with running(*DP2) as server:
         server.process.kill()
@@ -156,6 +159,7 @@ def test_sigterm_lets_open_requests_finish_and_takes_no_more() -> None:
         wait_gone([server.engine_pid])
 
 
+@pytest.mark.slow
 def test_a_drain_that_takes_too_long_is_cut_short_with_exit_code_0() -> None:
     with running("--drain-timeout-seconds", "0") as server:
 

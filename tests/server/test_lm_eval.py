@@ -102,6 +102,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_the_harness_finds_the_accuracy_and_the_log_likelihoods_of_the_engine(
     tmp_path: Path,
 ) -> None:

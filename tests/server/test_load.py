@@ -161,6 +161,7 @@ def test_under_load_no_request_is_lost_no_page_leaks_and_the_answers_stay(
     check(got, dict(zip(prompts, references, strict=True)))
 
 
+@pytest.mark.slow
 def test_requests_that_lose_their_pages_for_a_while_answer_as_if_alone() -> None:
     # Two requests of a group fit as they join, with the growth that is seen to then, but not at
     # their ends, where each holds 13 or 14 pages. In fp32 no near tie falls the other way.

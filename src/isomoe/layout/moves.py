@@ -145,7 +145,7 @@ def chains_from(
 
 
 def unreachable(before: Placement, after: Placement) -> PlacementError:
-    """That no chain of moves leads from one placement to another; names the axis and the letters."""
+    """That no chain of moves leads there; names the axis and the letters."""
     for axis, (old, new) in enumerate(zip(before, after, strict=True)):
         if old != new and (new in "PC" or old == "C"):
             return PlacementError(f"no move turns axis {axis} from {old} into {new}")
