@@ -101,6 +101,7 @@ def test_the_layouts_flag_and_an_injected_defect_are_taken_as_before(
         (("tp1", "tp1", "--api-key-env", "ISOMOE_NO_SUCH"), "no such variable"),
         (("tp1", "tp1", "--only", "scale-twice"), "--only: is for --mutants"),
         (("tp1", "tp3,ep3"), "8"),
+        (("tp1", "http://127.0.0.1:1", "--bisect"), "its hidden states cannot be seen"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2_before_anything_runs(
@@ -117,6 +118,42 @@ def test_wrong_use_is_one_line_and_exit_2_before_anything_runs(
     assert message in said.err
     assert said.err.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_saved_run_of_a_defect_may_be_the_baseline(folder: Path, tmp_path: Path) -> None:
+    """Its name has a plus in it, which is no defect here."""
+    words = ("tp1", "tp1+scale-twice", *FEW, "--out", str(tmp_path / "a"))
+    assert parity("--model", str(folder), *words).returncode == 1
+    saved = f"file:{tmp_path / 'a' / '02-tp1+scale-twice.json'}"
+    words = (saved, "tp1", "--max-tokens", "8", "--out", str(tmp_path / "b"), "--json")
+    done = parity("--model", str(folder), *words)
+    assert done.returncode == 2, done.stderr
+    found = document(done.stdout)
+    (row,) = found["targets"]
+    assert row["free"]["max"] > 0.1, "what it decoded is compared"
+    assert row["reasons"][0].startswith("no noise floor: the baseline was asked once")
+    assert any("its scores are of other tokens" in note for note in found["baseline"]["notes"])
+
+
+def test_a_bisection_that_fails_is_noted_and_the_report_is_not_lost(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from isomoe.parity.bisect.engine_side import EngineSide
+
+    def dies(self: EngineSide, *args: Any) -> Any:
+        raise TargetError(f"{self.name}: rank 0 was killed")
+
+    monkeypatch.setattr(EngineSide, "record", dies)
+    words = ["tp1", "tp1+scale-twice", "--bisect", *FEW, "--out", str(tmp_path), "--json"]
+    assert main(["parity", "--model", str(folder), *words]) == 1
+    found = document(capsys.readouterr().out)
+    assert found["bisections"] == []
+    (row,) = found["targets"]
+    assert row["verdict"] == "differs"
+    assert "not bisected: tp1: rank 0 was killed" in row["notes"]
 
 
 def test_an_instrument_is_named_for_every_defect_that_the_engine_can_run() -> None:

@@ -36,7 +36,8 @@ class SavedRun:
         Args:
             max_tokens: of longer outputs, the first so many.
             reference: the baseline; None if this is the baseline. Scores count only if they are of
-                the baseline's tokens; there are none otherwise.
+                the baseline's tokens; there are none otherwise. (A run that was no baseline when it
+                was saved scored another's tokens.)
 
         Raises:
             TargetError: if it is of other prompts, or was not completed.
@@ -56,10 +57,10 @@ class SavedRun:
         ).with_note(f"answers of {saved.name}, saved earlier")
         if saved.scores is None:
             return found
-        if reference is not None:
-            lengths = list(map(len, reference.outputs))
+        given = found.outputs if reference is None else reference.outputs
+        lengths = list(map(len, given))
         scores = self._cut(saved.scores, places, lengths)
-        if reference is not None and not _same_tokens(scores, reference.outputs):
+        if not _same_tokens(scores, given):
             return found.with_note(
                 "its scores are of other tokens than this baseline's: only what it decoded is "
                 "compared"
