@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from isomoe.blocks import SparseMoe
+from isomoe.blocks import Attention, Block, Embedding, LmHead, SparseMoe, WideNormCore
+from isomoe.blocks.embedding import vocabulary_part
 from isomoe.cli.main import main
 from isomoe.layout import (
     MACHINES,
@@ -21,13 +22,22 @@ from isomoe.layout import (
     Parallelism,
     Placement,
     RegimePlan,
+    Seat,
     make_plan,
 )
 from isomoe.models import CausalLM
-from isomoe.prove import MUTANTS, Finding, Stats, find_mutant, known_configs, prove_models
+from isomoe.prove import (
+    MUTANTS,
+    Finding,
+    Stats,
+    find_mutant,
+    known_configs,
+    prove_models,
+    runner,
+)
 from isomoe.prove.campaign import _subjects
 from isomoe.prove.cases import Case
-from isomoe.prove.runner import Subject, _World, prove
+from isomoe.prove.runner import PROOF_VOCAB, Subject, _World, prove
 
 CONFIGS = known_configs()
 SMALL = {"qwen3-moe-mixed": CONFIGS["qwen3-moe-mixed"]}
@@ -218,26 +228,78 @@ def test_equal_plans_are_proven_once_and_said_so() -> None:
     assert twice.proven_as_equal == once.proven_as_equal + once.regimes
 
 
+def owns_the_first(block: Block, seat: Seat) -> None:
+    if isinstance(block, SparseMoe):
+        first, stop = block.owned
+        block.owned = block.experts.owned = (0, stop - first)
+
+
+def holds_whole_width(block: Block, seat: Seat) -> None:
+    if isinstance(block, SparseMoe):
+        block.experts.width = (0, block.experts.intermediate_size)
+
+
+def embeds_over_all_ranks(block: Block, seat: Seat) -> None:
+    if isinstance(block, Embedding):
+        block.lookup.part = vocabulary_part(seat, seat.mesh.all, "embedding", PROOF_VOCAB)
+
+
+def shifts_the_head(block: Block, seat: Seat) -> None:
+    if isinstance(block, LmHead):
+        (part,) = block.project.parts
+        block.project.parts = (replace(part, start=part.start + 1, stop=part.stop + 1),)
+
+
+def counts_copies(block: Block, seat: Seat) -> None:
+    for leaf in block.leaves():
+        if isinstance(leaf, WideNormCore):
+            leaf.copies = 1
+
+
+def keeps_the_bias(block: Block, seat: Seat) -> None:
+    if isinstance(block, Attention) and block.output.has_bias:
+        block.output.bias_here = True
+
+
+SHARES = [
+    (owns_the_first, "qwen3-30b-a3b", "tp4,dp2,ep2", "the columns of the experts"),
+    (holds_whole_width, "qwen3-30b-a3b", "tp2", "the columns of the experts"),
+    (embeds_over_all_ranks, "qwen3-30b-a3b", "tp4,dp2", "rank 2 holds another part"),
+    (shifts_the_head, "qwen3-30b-a3b", "tp2", "the vocabulary on all ranks"),
+    (counts_copies, "minimax-m2", "tp16", "the heads behind"),
+    (keeps_the_bias, "gpt-oss-20b", "tp2", "is not added once"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "model", "layout", "said"), SHARES, ids=[one[0].__name__ for one in SHARES]
+)
 def test_a_model_that_shards_otherwise_is_not_taken_for_one_that_is_proven(
     monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Block, Seat], None],
+    model: str,
+    layout: str,
+    said: str,
 ) -> None:
-    right = Subject.of("right", CONFIGS["qwen3-30b-a3b"], Parallelism.parse("tp2"))
-    experts = CausalLM.routed_experts
+    """Its plans are those of the right one, which came first; what its ranks hold is not."""
+    right = Subject.of("right", CONFIGS[model], Parallelism.parse(layout))
+    build = runner.build
 
-    def unsharded(self: CausalLM, at: str, **options: Any) -> SparseMoe:
-        block = experts(self, at, **options)
-        block.experts.width = (0, block.experts.intermediate_size)
-        return block
+    def wrong(*args: Any) -> CausalLM:
+        found = build(*args)
+        for block in found.blocks():
+            spoil(block, found.seat)
+        return found
 
     def subjects() -> Iterator[Subject]:
         yield right
-        monkeypatch.setattr(CausalLM, "routed_experts", unsharded)
+        monkeypatch.setattr(runner, "build", wrong)
         yield replace(right, name="wrong")
 
     found = [finding for _, finding in prove(subjects()) if finding is not None]
     assert found[0].model == "wrong"
-    assert found[0].block == "model.layers.0.mlp.experts"
-    assert found[0].message == "the columns of the experts on all ranks are not the whole, once"
+    assert said in found[0].message
+    assert ", , " not in str(found[0])
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,8 @@ class Finding:
             if found != expected
         ]
         tail = f"; columns counted: {'; '.join(wrong)}" if wrong else ""
-        return (
-            f"{place}, {self.regime}, {self.case}: {self.block}{who}{which}: {self.message}{tail}"
-        )
+        where = ", ".join(part for part in (place, self.regime, self.case) if part)
+        return f"{where}: {self.block}{who}{which}: {self.message}{tail}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +133,12 @@ class Subject:
             layers=representative(family_of(config), config),
         )
 
-    def build(self, rank: int = 0, layout: Parallelism | None = None) -> CausalLM:
-        """The model on one rank, without weights and with few experts."""
+    def build(self, rank: int = 0) -> CausalLM:
+        """The model on one rank, without weights."""
+        return build(self.config, self.layout, rank, self.layers)
+
+    def build_small(self, rank: int = 0, layout: Parallelism | None = None) -> CausalLM:
+        """The same with few experts, to be run."""
         model = build(self.config, layout or self.layout, rank, self.layers)
         for block in model.blocks():
             if isinstance(block, SparseMoe):
@@ -146,9 +149,9 @@ class Subject:
 def _keep_few_experts(block: SparseMoe, seat: Seat, ways: int) -> None:
     """Leaves one or two experts to each of `ways` ranks, and at most two to a token.
 
-    What is proven of them holds for more. Experts are dealt out in equal runs, whose division the
-    real block has checked; two a rank are a run that can be too long, too short or shifted. How
-    weights come of logits is no question of layout: all ranks work out the same of the same row.
+    Which experts a rank owns, all of them, and how it finds them, is checked among its shares.
+    Here two a rank stand for them. How weights come of logits is no question of layout: all ranks
+    work out the same of the same row.
     """
     count = ways * min(2, block.num_experts // ways)
     block.num_experts = block.experts.num_experts = count
@@ -359,8 +362,8 @@ class _World:
         self.subject = subject
         self.mutant = mutant
         self.mesh = mesh
-        self.one_rank = subject.build(layout=Parallelism())
-        self.models = [subject.build(rank) for rank in range(mesh.size)]
+        self.one_rank = subject.build_small(layout=Parallelism())
+        self.models = [subject.build_small(rank) for rank in range(mesh.size)]
         if mutant is not None:
             for model in self.models:
                 mutant.in_model(model)

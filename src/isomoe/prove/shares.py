@@ -4,7 +4,7 @@ Shares are what a plan's moves do not depend on: moves add up whatever addends a
 are there. So shares are proven by themselves, on every layout, and moves by running plans.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import cast
@@ -15,11 +15,15 @@ from torch import Tensor
 from isomoe.blocks import (
     Batch,
     Block,
+    Embedding,
     ExpertWeights,
+    LmHead,
+    Part,
     RowLinear,
     SigmoidGate,
     SparseMoe,
     SquareSums,
+    WideNormCore,
 )
 from isomoe.kernels import choose
 from isomoe.layout import Letter, Mesh
@@ -30,7 +34,8 @@ _TOKENS = 32
 
 
 def share_of(block: Block) -> tuple[object, ...]:
-    """What a rank holds of a block: equal for equal shares of one class, of models of any width."""
+    """What a rank holds of a block: equal for equal shares of one class, of models of any width and
+    number of experts."""
     held: list[object] = [type(block), block.spec.kind]
     for leaf in block.leaves():
         match leaf:
@@ -39,30 +44,73 @@ def share_of(block: Block) -> tuple[object, ...]:
                 held += [leaf.has_bias, leaf.bias_here]
             case ExpertWeights():
                 held += [Fraction(column, leaf.intermediate_size) for column in leaf.width]
-                held += [leaf.owned, leaf.num_experts, leaf.names.has_bias and leaf.bias_here]
+                held += [Fraction(expert, leaf.num_experts) for expert in leaf.owned]
+                held.append(leaf.names.has_bias and leaf.bias_here)
             case SquareSums():
                 held += [Fraction(at, p.size) for p in leaf.parts for at in (p.start, p.stop)]
+            case WideNormCore():
+                held.append(leaf.copies)
             case SigmoidGate():
                 held.append("gate")
-    if isinstance(block, SparseMoe):
-        held.append(block.routing)
+    part = _vocabulary_part(block)
+    if part is not None:
+        held += [part.start, part.stop, part.size]
     return tuple(held)
 
 
 def faults_of(mesh: Mesh, ranks: list[Block], tickets: Tickets) -> str | None:
     """What is wrong with the shares of one block, given on every rank; None if nothing is."""
     gives = ranks[0].spec.variants[0].gives
-    shared = gives.where(Letter.P)
+    shared = gives.where(Letter.C if isinstance(ranks[0], LmHead) else Letter.P)
     by_index: dict[int, tuple[object, ...]] = {}
     for rank, block in enumerate(ranks):
         index, share = mesh.index(rank, shared), share_of(block)
         if by_index.setdefault(index, share) != share:
             return f"rank {rank} holds another part than ranks that it should be a copy of"
-    first = [ranks[rank] for rank in mesh.group(0, shared)]
-    checks: Iterator[Callable[[list[Block], Tickets], str | None]] = iter(
-        (_experts, _owners) if isinstance(first[0], SparseMoe) else (_projections,)
-    )
-    return next((fault for check in checks if (fault := check(first, tickets))), None)
+    group = [ranks[rank] for rank in mesh.group(0, shared)]
+    return next((fault for check in _checks(group[0]) if (fault := check(group, tickets))), None)
+
+
+_Check = Callable[[list[Block], Tickets], str | None]
+
+
+def _checks(block: Block) -> list[_Check]:
+    """What is checked of a block's shares: something of every block."""
+    if _vocabulary_part(block) is not None:
+        return [_vocabulary]
+    if isinstance(block, SparseMoe):
+        return [_experts, _owners]
+    assert _projections_of(block), f"the proof cannot add up the shares of {block.name}"
+    return [_projections, _squares]
+
+
+def _vocabulary_part(block: Block) -> Part | None:
+    """A rank's run of the vocabulary; None for a block that is not sharded over it."""
+    match block:
+        case Embedding():
+            return block.lookup.part
+        case LmHead():
+            return block.project.parts[0]
+    return None
+
+
+def _vocabulary(group: list[Block], tickets: Tickets) -> str | None:
+    parts = [part for block in group if (part := _vocabulary_part(block)) is not None]
+    bounds = [0, *(part.stop for part in parts)]
+    if [part.start for part in parts] != bounds[:-1] or bounds[-1] < parts[0].size:
+        return "the vocabulary on all ranks, in their order, is not the whole, once"
+    return None
+
+
+def _squares(group: list[Block], tickets: Tickets) -> str | None:
+    """The statistic of a norm over all heads: every query head, and copies of a KV head once."""
+    cores = [leaf for block in group for leaf in block.leaves() if isinstance(leaf, WideNormCore)]
+    for index, step in enumerate((1, cores[0].copies) if cores else ()):
+        parts = [core.parts[index] for core in cores[::step]]
+        found = torch.stack([tickets.columns(p.source, p.start, p.stop) for p in parts]).sum(0)
+        if not torch.equal(found, tickets.columns(parts[0].source, 0, parts[0].size)):
+            return f"the heads behind {parts[0].source} on all ranks are not the whole, once"
+    return None
 
 
 def _projections(group: list[Block], tickets: Tickets) -> str | None:
