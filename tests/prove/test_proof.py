@@ -33,11 +33,13 @@ from isomoe.prove import (
     find_mutant,
     known_configs,
     prove_models,
-    runner,
 )
 from isomoe.prove.campaign import _subjects
 from isomoe.prove.cases import Case
-from isomoe.prove.runner import PROOF_VOCAB, Subject, _World, prove
+from isomoe.prove.runner import prove
+from isomoe.prove.subject import PROOF_VOCAB, Subject
+from isomoe.prove.subject import build as subject_build
+from isomoe.prove.world import World
 
 CONFIGS = known_configs()
 SMALL = {"qwen3-moe-mixed": CONFIGS["qwen3-moe-mixed"]}
@@ -96,13 +98,13 @@ def test_every_step_of_every_plan_is_one_that_was_run(
     job: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: set[object] = set()
-    check = _World.check
+    check = World.check
 
-    def recorded(world: _World, plan: RegimePlan, case: Case, stats: Stats) -> Finding | None:
+    def recorded(world: World, plan: RegimePlan, case: Case, stats: Stats) -> Finding | None:
         ran.update(steps_of(plan))
         return check(world, plan, case, stats)
 
-    monkeypatch.setattr(_World, "check", recorded)
+    monkeypatch.setattr(World, "check", recorded)
     subjects = [
         subject
         for subject in _subjects(job, {name: CONFIGS[name] for name in STEPPED})
@@ -283,17 +285,17 @@ def test_a_model_that_shards_otherwise_is_not_taken_for_one_that_is_proven(
 ) -> None:
     """Its plans are those of the right one, which came first; what its ranks hold is not."""
     right = Subject.of("right", CONFIGS[model], Parallelism.parse(layout))
-    build = runner.build
+    build_right = subject_build
 
     def wrong(*args: Any) -> CausalLM:
-        found = build(*args)
+        found = build_right(*args)
         for block in found.blocks():
             spoil(block, found.seat)
         return found
 
     def subjects() -> Iterator[Subject]:
         yield right
-        monkeypatch.setattr(runner, "build", wrong)
+        monkeypatch.setattr("isomoe.prove.subject.build", wrong)
         yield replace(right, name="wrong")
 
     found = [finding for _, finding in prove(subjects()) if finding is not None]

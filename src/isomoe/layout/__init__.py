@@ -6,17 +6,8 @@ from isomoe.layout.mesh import Axes, Mesh, Seat
 from isomoe.layout.moves import Move, Op, cheapest
 from isomoe.layout.parallelism import Parallelism
 from isomoe.layout.placement import Letter, Placement, row_sharded
-from isomoe.layout.plan import (
-    Choice,
-    Plan,
-    Planner,
-    ReadPlan,
-    Regime,
-    RegimePlan,
-    Settle,
-    make_plan,
-    regimes,
-)
+from isomoe.layout.plan import Plan, ReadPlan, Regime, RegimePlan, Settle, regimes
+from isomoe.layout.planner import Choice, Planner, make_plan
 from isomoe.layout.rows import LogitsRows, Rows, TokenRows
 
 __all__ = [

@@ -14,8 +14,10 @@ import torch
 from isomoe.layout import Parallelism
 from isomoe.layout.parallelism import divisors
 from isomoe.models import HFConfig, family_of, layouts, read_config
+from isomoe.prove.finding import Finding, Stats
 from isomoe.prove.mutants import find_mutant
-from isomoe.prove.runner import Finding, Stats, Subject, prove
+from isomoe.prove.runner import prove
+from isomoe.prove.subject import Subject
 
 Progress = Callable[[int, int], None]
 """Called with (jobs done, jobs in all); layouts of as many ranks and groups are one job."""

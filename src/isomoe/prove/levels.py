@@ -8,10 +8,12 @@ from isomoe.layout import Chain, Parallelism
 from isomoe.models import HFConfig
 from isomoe.prove.campaign import expressible
 from isomoe.prove.corpus import Level, operators
+from isomoe.prove.finding import Finding
 from isomoe.prove.miniature import miniature
 from isomoe.prove.mutants import Mutant
 from isomoe.prove.mutants.base import LM_HEAD
-from isomoe.prove.runner import Finding, Subject, prove
+from isomoe.prove.runner import prove
+from isomoe.prove.subject import Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
