@@ -32,7 +32,8 @@ def sample(family: Any, config: Any) -> list[Parallelism]:
 
 
 def few(family: Any, config: Any) -> list[Parallelism]:
-    """Layouts that cover every kind of group at some size: those with most kinds first."""
+    """Layouts that cover every kind of group at some size, those with most kinds first; then one
+    whose groups are of other sizes."""
     every = [Parallelism(), *layouts(family, config, MOST_RANKS, min_ranks=6)]
     names = {layout: {name for name, _ in kinds(family, config, layout)} for layout in every}
     chosen, missing = [every[0]], set().union(*names.values())
@@ -41,4 +42,9 @@ def few(family: Any, config: Any) -> list[Parallelism]:
         best = max(every, key=lambda layout: len(names[layout] & missing))
         missing -= names[best]
         chosen.append(best)
+    met = set().union(*(kinds(family, config, layout) for layout in chosen))
+    every = list(layouts(family, config, MOST_RANKS, min_ranks=2))
+    others = [layout for layout in every if not kinds(family, config, layout) & met]
+    if others:
+        chosen.append(max(others, key=lambda layout: len(kinds(family, config, layout))))
     return chosen

@@ -15,10 +15,10 @@ from torch import Tensor
 from isomoe.blocks import Batch
 from isomoe.comm import Communicator, SimWorld
 from isomoe.kernels import AttentionBatch
-from isomoe.layout import GLOO, Parallelism, Plan, TokenRows, make_plan
+from isomoe.layout import MACHINES, Parallelism, Plan, TokenRows, make_plan
 from isomoe.models import CausalLM, build, read_config
 from isomoe.stream import ResidualStream
-from isomoe.weights import load_safetensors
+from isomoe.weights import LoadReport, load_safetensors
 
 PAGE = 4
 
@@ -68,12 +68,21 @@ def save_random(config: Any, folder: Path, seed: int = 0) -> Any:
     return model
 
 
-def load_model(folder: Path, layout: Parallelism, rank: int, dtype: torch.dtype) -> CausalLM:
-    """One rank's model with its weights and a KV cache of 64 pages."""
+def load_weights(
+    folder: Path, layout: Parallelism, rank: int, dtype: torch.dtype
+) -> tuple[CausalLM, LoadReport]:
+    """One rank's model with its weights, and what it read."""
     model = build(read_config(folder), layout, rank)
     for leaf in model.leaves():
         leaf.allocate(dtype, torch.device("cpu"))
-    load_safetensors(folder, model.weight_slices(), model.ignores, canonical=model.canonical)
+    wanted = model.weight_slices()
+    report = load_safetensors(folder, wanted, model.ignores, canonical=model.canonical)
+    return model, report
+
+
+def load_model(folder: Path, layout: Parallelism, rank: int, dtype: torch.dtype) -> CausalLM:
+    """One rank's model with its weights and a KV cache of 64 pages."""
+    model, _ = load_weights(folder, layout, rank, dtype)
     for memory in model.memories():
         memory.allocate_cache(64, PAGE, dtype, torch.device("cpu"))
         memory.allocate_states(8, torch.device("cpu"))
@@ -83,7 +92,7 @@ def load_model(folder: Path, layout: Parallelism, rank: int, dtype: torch.dtype)
 @lru_cache(maxsize=4)
 def plan_of(model: CausalLM) -> Plan:
     """The plan on CPUs, made once a model."""
-    return make_plan(model.chain, GLOO)
+    return make_plan(model.chain, MACHINES["cpu"])
 
 
 def simulate(

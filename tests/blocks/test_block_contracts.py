@@ -75,7 +75,7 @@ def attention(kind: type[Attention] = Attention, /, **sizes: object) -> Callable
     return build
 
 
-def latent(q_latent: int | None, bias: bool = False) -> Case:
+def latent(q_latent: int | None) -> Case:
     def build(seat: Seat) -> Block:
         return LatentAttention(
             seat,
@@ -88,10 +88,9 @@ def latent(q_latent: int | None, bias: bool = False) -> Case:
             v_head_dim=5,
             rope=Rope(4, 10000.0, interleaved=True),
             eps=1e-6,
-            bias=bias,
         )
 
-    return Case(f"LatentAttention q_latent={q_latent} bias={bias}", build)
+    return Case(f"LatentAttention q_latent={q_latent}", build)
 
 
 def lightning(**options: object) -> Case:
@@ -215,9 +214,7 @@ CASES = [
     ),
     Case(
         "Attention without rope, with a query scale",
-        attention(
-            num_heads=12, num_kv_heads=6, rope=None, query_scale=QueryScale(0.5, 2.0), scale=0.2
-        ),
+        attention(num_heads=12, num_kv_heads=6, rope=None, query_scale=QueryScale(0.5, 2.0)),
         (6,),
     ),
     Case(
@@ -237,10 +234,10 @@ CASES = [
         ),
         (2,),
     ),
-    latent(q_latent=7, bias=True),
+    latent(q_latent=7),
     latent(q_latent=None),
-    lightning(qk_norm=1e-6, bias=True, output_bias=True),
-    lightning(silu=True, rope=None, eps=0.1),
+    lightning(qk_norm=1e-6),
+    lightning(rope=None, eps=0.1),
     moe("renormalized", 24, 12, Routing(top_k=3, renormalize=True)),
     moe("not renormalized", 12, 24, Routing(top_k=2)),
     moe(
@@ -675,6 +672,35 @@ def test_sizes_that_do_not_split_are_refused_with_the_numbers(
     assert message in str(refused.value)
 
 
+def grouped(**options: object) -> Callable[[Seat], Block]:
+    return moe("", 24, 12, Routing(top_k=6, **options)).build
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (attention(num_heads=12, num_kv_heads=5), "12 heads on 5 KV heads cannot be"),
+        (moe("", 24, 12, Routing(top_k=25)).build, "25 experts a token of 24 cannot be"),
+        (grouped(num_groups=5), "24 experts in 5 equal groups cannot be"),
+        (grouped(num_groups=0), "24 experts in 0 equal groups cannot be"),
+        (
+            grouped(num_groups=8, kept_groups=1),
+            "6 experts a token of the best 1 of 8 groups of 3 cannot be",
+        ),
+        (
+            grouped(num_groups=4, kept_groups=5),
+            "6 experts a token of the best 5 of 4 groups of 6 cannot be",
+        ),
+        (grouped(num_groups=24, kept_groups=6), "a group of one expert has no two best"),
+    ],
+)
+def test_sizes_that_make_no_block_are_refused_with_the_numbers(
+    build: Callable[[Seat], Block], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Seat(Mesh.of(Parallelism()), 0))
+
+
 def test_experts_are_the_same_however_they_are_stored() -> None:
     torch.manual_seed(0)
     experts, width, hidden = 4, 6, 5
@@ -696,8 +722,12 @@ def test_experts_are_the_same_however_they_are_stored() -> None:
             },
         ),
         (
-            Stacked(suffix=""),
-            {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down},
+            Stacked(),
+            {
+                "mlp.gate_proj.weight": gate,
+                "mlp.up_proj.weight": up,
+                "mlp.down_proj.weight": down,
+            },
         ),
         *(
             (

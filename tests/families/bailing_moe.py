@@ -116,9 +116,10 @@ def save_v1(folder: Path, **changes: Any) -> Oracle:
     return causal(model)
 
 
-def save_v2(folder: Path) -> Oracle:
-    model = glm4_moe(V2)
-    write(folder, V2, published(model.state_dict()) | mtp_tensors(V2))
+def save_v2(folder: Path, **changes: Any) -> Oracle:
+    config = V2 | changes
+    model = glm4_moe(config)
+    write(folder, config, published(model.state_dict()) | mtp_tensors(config))
     return causal(model)
 
 
@@ -220,15 +221,21 @@ CASES = (
         save=save_v1,
     ),
     Case(
-        name="bailing_moe 1 with QKV bias",
+        name="bailing_moe 1 with QKV bias and 2 KV heads",
         family="bailing_moe",
         oracle="transformers Qwen2MoeForCausalLM, renamed",
-        save=partial(save_v1, use_qkv_bias=True),
+        save=partial(save_v1, use_qkv_bias=True, num_key_value_heads=2),
     ),
     Case(
         name="bailing_moe 2",
         family="bailing_moe",
         oracle="transformers Glm4MoeForCausalLM, renamed",
         save=save_v2,
+    ),
+    Case(
+        name="bailing_moe 2 with 2 KV heads",
+        family="bailing_moe",
+        oracle="transformers Glm4MoeForCausalLM, renamed",
+        save=partial(save_v2, num_key_value_heads=2, norm_topk_prob=False),
     ),
 )

@@ -41,7 +41,7 @@ GQA: dict[str, Any] = {
     "num_experts": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 5,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "num_nextn_predict_layers": 0,
     "num_shared_experts": 1,
     "output_dropout": 0.0,

@@ -62,6 +62,16 @@ KIMI: dict[str, Any] = V3 | {
     "routed_scaling_factor": 2.827,
     "topk_group": 1,
 }
+PLAIN: dict[str, Any] = V3 | {
+    "n_group": 1,
+    "norm_topk_prob": False,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rope_interleave": False,
+    "rope_scaling": None,
+    "rope_theta": 20000.0,
+    "topk_group": 1,
+}
 V2: dict[str, Any] = V3 | {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -103,6 +113,13 @@ def save(folder: Path, config: dict[str, Any]) -> Oracle:
     return causal(model)
 
 
+CONFIGS = {
+    "V3": V3,
+    "Kimi K2": KIMI,
+    "V3 of one query projection, not renormalised, whose halves of a head turn": PLAIN,
+    "V2": V2,
+    "V2-Lite": V2_LITE,
+}
 CASES = tuple(
     Case(
         name=f"deepseek_v2: {name}",
@@ -110,5 +127,5 @@ CASES = tuple(
         oracle=f"transformers {config['architectures'][0]}",
         save=partial(save, config=config),
     )
-    for name, config in {"V3": V3, "Kimi K2": KIMI, "V2": V2, "V2-Lite": V2_LITE}.items()
+    for name, config in CONFIGS.items()
 )

@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
     "num_experts": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 5,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "num_shared_experts": 1,
     "rms_norm_eps": 0.01,
     "rope_scaling": None,

@@ -1,4 +1,4 @@
-"""GLM-4-MoE: transformers' own class, with and without QK norm."""
+"""GLM-4-MoE: transformers' own class, with and without QK norm, groups and normed weights."""
 
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,14 @@ CASES = (
         name="glm4_moe without QK norm",
         family="glm4_moe",
         oracle="transformers Glm4MoeForCausalLM",
-        save=partial(save, use_qk_norm=False, n_group=1, topk_group=1, n_shared_experts=2),
+        save=partial(
+            save,
+            use_qk_norm=False,
+            n_group=1,
+            topk_group=1,
+            n_shared_experts=2,
+            norm_topk_prob=False,
+            num_key_value_heads=2,
+        ),
     ),
 )

@@ -1,5 +1,6 @@
 """gpt-oss with unquantised experts: transformers' own class, whose layout is the published one."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 4,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "num_local_experts": 24,
     "pad_token_id": 0,
     "rms_norm_eps": 1e-5,
@@ -44,11 +45,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def save(folder: Path) -> Oracle:
+def save(folder: Path, **changes: Any) -> Oracle:
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    model = random_model(GptOssForCausalLM, GptOssConfig.from_dict(CONFIG))
-    write(folder, CONFIG, model.state_dict())
+    config = CONFIG | changes
+    model = random_model(GptOssForCausalLM, GptOssConfig.from_dict(config))
+    write(folder, config, model.state_dict())
     return causal(model)
 
 
@@ -58,5 +60,11 @@ CASES = (
         family="gpt_oss",
         oracle="transformers GptOssForCausalLM",
         save=save,
+    ),
+    Case(
+        name="gpt_oss without attention biases, and every other layer sliding by default",
+        family="gpt_oss",
+        oracle="transformers GptOssForCausalLM",
+        save=partial(save, attention_bias=False, layer_types=None),
     ),
 )

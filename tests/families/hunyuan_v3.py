@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "num_experts": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 3,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "num_nextn_predict_layers": 1,
     "num_shared_experts": 1,
     "qk_norm": True,

@@ -20,6 +20,7 @@ CONFIG: dict[str, Any] = V2 | {
     "model_type": "llada2_moe",
     "num_nextn_predict_layers": 0,
     "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
 }
 
 

@@ -50,6 +50,7 @@ MAVERICK: dict[str, Any] = SCOUT | {
 ALONE: dict[str, Any] = SCOUT | {
     "attn_scale": 0.2,
     "attn_temperature_tuning": True,
+    "num_key_value_heads": 2,
     "no_rope_layers": [1, 0, 1, 1, 0],  # 0 where there is no rope
 }
 

@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 4,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "partial_rotary_factor": 0.334,
     "rope_theta": 5000000,
     "routed_scaling_factor": None,
@@ -41,7 +41,7 @@ CONFIG: dict[str, Any] = {
     "sliding_window_size": 8,  # keys beside the query's own: it sees 9
     "swa_head_dim": 24,
     "swa_num_attention_heads": 24,
-    "swa_num_key_value_heads": 12,
+    "swa_num_key_value_heads": 4,
     "swa_rope_theta": 10000,
     "swa_v_head_dim": 16,
     "tie_word_embeddings": False,

@@ -19,7 +19,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 3,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "num_local_experts": 24,
     "num_mtp_modules": 3,
     "qk_norm_type": "per_layer",

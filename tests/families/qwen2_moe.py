@@ -22,7 +22,7 @@ CONFIG: dict[str, Any] = {
     "num_experts": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 3,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "rms_norm_eps": 0.01,
     "rope_theta": 1000000.0,
     "shared_expert_intermediate_size": 48,

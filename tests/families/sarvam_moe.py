@@ -23,6 +23,7 @@ GQA: dict[str, Any] = {key: value for key, value in V2.items() if key not in LIN
     "model_type": "sarvam_moe",
     "n_group": 1,
     "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
     "rope_theta": 8000000.0,
     "topk_group": 1,
 }

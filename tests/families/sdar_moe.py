@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
     "num_experts": 24,
     "num_experts_per_tok": 3,
     "num_hidden_layers": 3,
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
     "rope_scaling": None,
     "rope_theta": 1000000.0,

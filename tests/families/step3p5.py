@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
     "attention_other_setting": {
         "attention_type": SLIDING,
         "num_attention_heads": 48,
-        "num_attention_groups": 6,
+        "num_attention_groups": 2,
         "head_dim": 16,
         "true_head_dim": 16,
     },
@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
     "moe_top_k": 3,
     "need_fp32_gate": True,
     "norm_expert_weight": True,
-    "num_attention_groups": 6,
+    "num_attention_groups": 2,
     "num_attention_heads": 24,
     "num_hidden_layers": 5,
     "num_nextn_predict_layers": 2,

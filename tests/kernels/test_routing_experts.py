@@ -141,6 +141,16 @@ def test_equal_scores_go_to_the_lower_group_and_expert(routing: Routing) -> None
         )
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_sigmoids_that_are_all_one_leave_the_choice_to_the_logits(renormalize: bool) -> None:
+    logits = torch.arange(30.0, 90.0).view(3, 20)
+    assert (torch.sigmoid(logits) == 1.0).all()
+    routing = Routing(top_k=4, scoring="sigmoid", renormalize=renormalize)
+    weights, ids = choose(logits, routing)
+    assert ids.tolist() == [[19, 18, 17, 16]] * 3
+    assert weights.tolist() == [[0.25 if renormalize else 1.0] * 4] * 3
+
+
 def test_the_bias_sways_the_choice_and_not_the_weights() -> None:
     logits = torch.zeros(1, 4)
     weights, ids = choose(

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isomoe.cli import models
+from isomoe.cli.models import shown_delta, shown_layouts
 from isomoe.cli.progress import progress_bar
 from isomoe.layout import Parallelism
-from isomoe.models import FAMILIES, CausalLM, family_of, layouts, read_config
+from isomoe.models import FAMILIES, CausalLM, catalogue, family_of, layouts, read_config
+from isomoe.models.shipped import shipped
 from isomoe.prove import prove_models
 from model_layouts import sample
 from models.test_families import CASES, PROMPTS, Answers, prompts_of
@@ -57,7 +58,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 def measure(family: type[CausalLM]) -> dict[str, Any]:
     """Over all cases of a family, and for each the layouts that cover every kind of group."""
     oracles, tried, largest = set(), 0, 0.0
-    for case in (case for case in CASES if case.family == models.family_name(family)):
+    for case in (case for case in CASES if case.family == catalogue.family_name(family)):
         with TemporaryDirectory() as name:
             folder = Path(name)
             answers, config = Answers(case.save(folder)), read_config(folder)
@@ -83,7 +84,7 @@ def prove(families: Sequence[type[CausalLM]], max_ranks: int) -> None:
     Raises:
         SystemExit: if the proof fails.
     """
-    configs = {family: models.shipped(family) for family in families}
+    configs = {family: shipped(family) for family in families}
     every = {name: config for those in configs.values() for name, config in those.items()}
     with progress_bar("proving layouts") as progress:
         report = prove_models(every, max_ranks, progress=progress)
@@ -98,25 +99,25 @@ def prove(families: Sequence[type[CausalLM]], max_ranks: int) -> None:
 
 def count(family: type[CausalLM], max_ranks: int) -> int:
     """Layouts of all configs that ship."""
-    return sum(
-        1 for config in models.shipped(family).values() for _ in layouts(family, config, max_ranks)
-    )
+    return sum(1 for config in shipped(family).values() for _ in layouts(family, config, max_ranks))
 
 
 def write(family: type[CausalLM], values: dict[str, Any]) -> None:
     """Adds to what is known of a family; forgets families that are gone."""
-    known = models.read_measured()
+    known = catalogue.read_measured()
     first = family.architectures[0]
     known[first] = {**known.get(first, {}), **values}
     kept = {name: known[name] for name in _architectures() if name in known}
-    models.MEASURED.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    catalogue.MEASURED.write_text(
+        json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def _architectures() -> list[str]:
     return [family.architectures[0] for family in FAMILIES]
 
 
-def page(text: str, rows: Sequence[models.Row]) -> str:
+def page(text: str, rows: Sequence[catalogue.Row]) -> str:
     """docs/models.md with its generated part exchanged."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -126,7 +127,7 @@ def page(text: str, rows: Sequence[models.Row]) -> str:
     return f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}"
 
 
-def table(rows: Sequence[models.Row]) -> Iterator[str]:
+def table(rows: Sequence[catalogue.Row]) -> Iterator[str]:
     titles = "family", "architectures", "attention", "router", "oracle", "largest delta"
     yield "| " + " | ".join((*titles, "layouts proven", "for the shapes of")) + " |"
     yield "|---" * (len(titles) + 2) + "|"
@@ -137,8 +138,8 @@ def table(rows: Sequence[models.Row]) -> Iterator[str]:
             row.attention,
             row.router,
             "; ".join(row.oracles),
-            models.shown_delta(row),
-            models.shown_layouts(row),
+            shown_delta(row),
+            shown_layouts(row),
             ", ".join(row.configs),
         )
         yield "| " + " | ".join(cells) + " |"
@@ -158,7 +159,7 @@ def main(words: Sequence[str] | None = None) -> None:
         prove(chosen, args.max_ranks)
     if "page" in args.steps:
         text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(page(text, models.rows(models.read_measured())), encoding="utf-8")
+        PAGE.write_text(page(text, catalogue.rows(catalogue.read_measured())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Every family answers as its oracle does, from a checkpoint in its published format."""
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from families.case import Case, Oracle
 from isomoe.layout import Parallelism
-from isomoe.models import FAMILIES, family_of, read_config
-from model_layouts import few, sample
-from support import load_model, run_steps, simulate
+from isomoe.models import FAMILIES, CausalLM, family_of, read_config
+from model_layouts import few, kinds, sample
+from support import load_model, load_weights, run_steps, simulate
 
 FOLDER = Path(__file__).parent.parent / "families"
 CASES: list[Case] = [
@@ -26,16 +26,20 @@ CASES: list[Case] = [
 PROMPTS = [((9, 21, 3),), ((), (14,), (1, 10)), ((13,), (), (1,), (12, 1), (), (6,), (1,), (11, 1))]
 """Lengths of the prompts of each attention-DP group; groups beyond a list are empty."""
 
+GROUPS = {"attn_dp", "attn_tp", "moe_ep", "moe_tp", "ffn_tp", "lm_dp", "lm_tp"}
+
 
 class Answers:
     """The oracle's logits of a prompt, each computed once."""
 
     def __init__(self, oracle: Oracle) -> None:
         self.oracle = oracle
+        self.known: dict[tuple[int, ...], Tensor] = {}
 
-    @cache  # noqa: B019 - as short-lived as the module's fixture
     def prompt(self, ids: tuple[int, ...]) -> Tensor:
-        return self.oracle(torch.tensor(ids))
+        if ids not in self.known:
+            self.known[ids] = self.oracle(torch.tensor(ids))
+        return self.known[ids]
 
     def group(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
         parts = [self.prompt(tuple(ids)) for ids in prompts]
@@ -76,7 +80,13 @@ def assert_near(got: Tensor, expected: Tensor | None, what: object) -> None:
 @pytest.mark.parametrize("of", [few, pytest.param(sample, marks=pytest.mark.slow)])
 def test_logits_are_the_oracles_on_every_kind_of_group(checkpoint: Any, of: Any) -> None:
     folder, config, answers = checkpoint
-    for layout in of(family_of(config), config):
+    family = family_of(config)
+    chosen = of(family, config)
+    met = {name for layout in chosen for name, _ in kinds(family, config, layout)}
+    copies = {f"copies of {heads} KV heads" for heads in family.kv_heads(config) if heads < 6}
+    assert met >= GROUPS | copies | ({"ffn_dp"} if family.has_dense(config) else set())
+    assert len(chosen) > 2
+    for layout in chosen:
         models = [load_model(folder, layout, r, torch.float32) for r in range(layout.tp_size)]
         for lengths in PROMPTS[:1] if layout.attn_dp_size == 1 else PROMPTS[1:]:
             prompts = prompts_of(lengths, layout.attn_dp_size, config["vocab_size"])
@@ -101,11 +111,34 @@ def test_a_prompt_in_chunks_and_token_by_token_is_the_prompt(checkpoint: Any, la
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2,dp1,ep2", "tp4,dp2,ep4"])
 def test_each_rank_reads_its_share_of_the_checkpoint(checkpoint: Any, layout: str) -> None:
-    """Loading fails unless every tensor is known and has its shape; see `load_model`."""
+    """And nothing else, once. Loading fails unless every tensor is known and has its shape."""
     folder, *_ = checkpoint
     parallelism = Parallelism.parse(layout)
     for rank in range(parallelism.tp_size):
-        load_model(folder, parallelism, rank, torch.float32)
+        model, report = load_weights(folder, parallelism, rank, torch.float32)
+        kept: Counter[str] = Counter()
+        seen = set()  # what embedding and head share is read once
+        for piece in model.weight_slices():
+            box = (piece.source, *map(slice.indices, piece.index, piece.shape))
+            if box not in seen:
+                kept[piece.source] += piece.out.nbytes  # in fp32, as in the file
+            seen.add(box)
+        assert {model.canonical(name): n for name, n in report.bytes_read.items()} == +kept
+
+
+def test_every_family_with_kv_heads_has_a_case_whose_ranks_hold_copies(tmp_path: Path) -> None:
+    """Of fewer KV heads than layouts have ranks; see the groups above."""
+    most: dict[type[CausalLM], bool] = {}
+    for case in CASES:
+        folder = tmp_path / case.name
+        folder.mkdir()
+        case.save(folder)
+        config = read_config(folder)
+        family = family_of(config)
+        if heads := family.kv_heads(config):
+            most[family] = most.get(family, False) or min(heads) < 6
+    assert most
+    assert all(most.values()), most
 
 
 def test_every_family_has_a_case() -> None:

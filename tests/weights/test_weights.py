@@ -261,7 +261,9 @@ def test_an_index_that_names_the_wrong_file_is_refused(sharded: Path, tmp_path: 
     assert f"missing {name}" in str(refused.value)
 
 
-@pytest.mark.parametrize("content", ["{", "{}"])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"w": 1}}']
+)
 def test_an_unreadable_index_is_refused(content: str, sharded: Path, tmp_path: Path) -> None:
     folder = copied(sharded, tmp_path)
     (folder / "model.safetensors.index.json").write_text(content)

@@ -209,7 +209,6 @@ class Attention(Block):
         rope: None for a layer without position embedding.
         v_head_dim: dims of a value; those of a key by default.
         span: the keys that a query sees.
-        scale: multiplies the scores; head_dim ** -0.5 by default.
         bias: a bias on q, k and v.
         output_bias: a bias on the output projection; held by one rank of the group.
         qk_norm: RMSNorm on each q and k head before rope, with this eps; None for none.
@@ -219,7 +218,8 @@ class Attention(Block):
         has_gate: scales each head's output by a number that a projection of the input gives.
 
     Raises:
-        ConfigError: if attn_tp fits neither the heads nor the KV heads.
+        ConfigError: if attn_tp does not fit the heads and the KV heads, or the latter do not divide
+            the former.
     """
 
     def __init__(
@@ -234,7 +234,6 @@ class Attention(Block):
         rope: Rope | None,
         v_head_dim: int | None = None,
         span: Span = CAUSAL,
-        scale: float | None = None,
         bias: bool = False,
         output_bias: bool = False,
         qk_norm: float | None = None,
@@ -249,13 +248,15 @@ class Attention(Block):
         mesh = seat.mesh
         first, stop = seat.shard(num_heads, mesh.attn_tp, "attention heads")
         kv_first, kv_stop = kv_shard(seat, num_kv_heads)
+        if num_heads % num_kv_heads:
+            raise ConfigError(f"{name}: {num_heads} heads on {num_kv_heads} KV heads cannot be")
         v_dim = v_head_dim or head_dim
         heads = Heads(
             query=stop - first,
             kv=kv_stop - kv_first,
             qk_dim=head_dim,
             v_dim=v_dim,
-            scale=head_dim**-0.5 if scale is None else scale,
+            scale=head_dim**-0.5,
             span=span,
         )
         parts = [

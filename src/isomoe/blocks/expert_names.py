@@ -76,25 +76,20 @@ class PerExpert(ExpertNames):
 @dataclass(frozen=True)
 class Stacked(ExpertNames):
     """A tensor for each projection: `gate_proj.weight` and `up_proj.weight` [E, I, H],
-    `down_proj.weight` [E, H, I].
-
-    Attributes:
-        suffix: behind each name.
-    """
+    `down_proj.weight` [E, H, I]."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    suffix: str = ".weight"
 
     def slices(self, shard: ExpertShard) -> Iterator[WeightSlice]:
         owned, mine = slice(*shard.owned), slice(*shard.width)
         shape = (shard.num_experts, shard.intermediate_size, shard.hidden_size)
         gate, up = shard.gate_up.chunk(2, dim=1)
         for which, out in ((self.gate, gate), (self.up, up)):
-            yield WeightSlice(f"{shard.name}.{which}{self.suffix}", shape, (owned, mine, _ALL), out)
+            yield WeightSlice(f"{shard.name}.{which}.weight", shape, (owned, mine, _ALL), out)
         yield WeightSlice(
-            f"{shard.name}.{self.down}{self.suffix}",
+            f"{shard.name}.{self.down}.weight",
             (shape[0], shape[2], shape[1]),
             (owned, _ALL, mine),
             shard.down,

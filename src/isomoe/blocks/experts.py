@@ -1,6 +1,7 @@
 """Routed experts.  T rows, E experts, L experts of this rank, K per token, I their width here."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,9 +77,8 @@ class ExpertWeights(Leaf):
         self.gate_up = torch.zeros(experts, 2 * width, hidden, dtype=dtype, device=device)
         self.down = torch.zeros(experts, hidden, width, dtype=dtype, device=device)
         if self.names.has_bias:
-            self.form = ExpertForm(
-                activation=self.form.activation,
-                scales_input=self.form.scales_input,
+            self.form = replace(
+                self.form,
                 gate_up_bias=torch.zeros(experts, 2 * width, dtype=dtype, device=device),
                 down_bias=torch.zeros(experts, hidden, dtype=dtype, device=device),
             )
@@ -127,7 +127,8 @@ class SparseMoe(Block):
         scales_input: a row's weight multiplies what an expert takes, not what it gives.
 
     Raises:
-        ConfigError: if ep_size does not divide the experts, or moe_tp their width.
+        ConfigError: if ep_size does not divide the experts, or moe_tp their width; or if so many
+            experts cannot be chosen so.
     """
 
     def __init__(
@@ -148,10 +149,7 @@ class SparseMoe(Block):
         activation: Activation = SWIGLU,
         scales_input: bool = False,
     ) -> None:
-        if not 1 <= routing.top_k <= num_experts:
-            raise ConfigError(f"{name}: {routing.top_k} experts a token of {num_experts} cannot be")
-        if num_experts % routing.num_groups:
-            raise ConfigError(f"{name}: {num_experts} experts in {routing.num_groups} equal groups")
+        _check(name, routing, num_experts)
         mesh = seat.mesh
         self.num_experts = num_experts
         self.routing = routing
@@ -188,3 +186,20 @@ class SparseMoe(Block):
         """Weights, and ids among this rank's experts: -1 for other ranks' and for padding rows."""
         real = batch.real_rows(router_logits.device)
         return route(router_logits, self.routing, self.router.correction, *self.owned, real)
+
+
+def _check(name: str, routing: Routing, num_experts: int) -> None:
+    """Raises ConfigError if `routing` cannot be."""
+    top_k, groups, kept = routing.top_k, routing.num_groups, routing.kept_groups
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"{name}: {top_k} experts a token of {num_experts} cannot be")
+    if groups < 1 or num_experts % groups:
+        raise ConfigError(f"{name}: {num_experts} experts in {groups} equal groups cannot be")
+    size = num_experts // groups
+    if groups > 1 and not (1 <= kept <= groups and top_k <= kept * size):
+        raise ConfigError(
+            f"{name}: {top_k} experts a token of the best {kept} of {groups} groups of {size} "
+            "cannot be"
+        )
+    if groups > 1 and size == 1 and routing.group_score == "top2":
+        raise ConfigError(f"{name}: a group of one expert has no two best")

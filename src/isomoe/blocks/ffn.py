@@ -9,6 +9,7 @@ from isomoe.blocks.batch import Batch
 from isomoe.blocks.block import Block, Inner, rowwise_variants
 from isomoe.blocks.leaf import Leaf
 from isomoe.blocks.linear import Linear, Part, RowLinear
+from isomoe.errors import ConfigError
 from isomoe.kernels import SWIGLU, Activation, gated
 from isomoe.layout import Axes, BlockSpec, Seat
 
@@ -49,6 +50,9 @@ class GatedMLP(Block):
     Args:
         axes: the mesh axes over which the width is sharded; it gives P there.
         gate: the name of a SigmoidGate on the output (Qwen2-MoE's shared expert), or None.
+
+    Raises:
+        ConfigError: if the axes do not divide the width, or there is none.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class GatedMLP(Block):
         gate: str | None = None,
         activation: Activation = SWIGLU,
     ) -> None:
+        if intermediate_size < 1:
+            raise ConfigError(f"{name}: a {kind} of {intermediate_size} columns cannot be")
         first, stop = seat.shard(intermediate_size, axes, f"columns of the {kind}")
         self.gate_up = Linear(
             [

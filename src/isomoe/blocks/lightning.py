@@ -47,10 +47,9 @@ class LightningCore(Memory):
         head_dim: int,
         rope: Rope | None,
         norms: tuple[RMSNorm, RMSNorm] | None,
-        silu: bool,
         decay: Sequence[float],
     ) -> None:
-        self.head_dim, self.rope, self.silu = head_dim, rope, silu
+        self.head_dim, self.rope = head_dim, rope
         self.q_norm: RMSNorm | None
         self.k_norm: RMSNorm | None
         self.q_norm, self.k_norm = norms or (None, None)
@@ -79,8 +78,6 @@ class LightningCore(Memory):
         """qkv: [T, 3 N D], batch -> [T, N D]."""
         qkv, batch = args
         heads = split_heads(qkv.float(), 3 * len(self.decay))
-        if self.silu:
-            heads = torch.nn.functional.silu(heads)
         q, k, v = heads.chunk(3, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -138,12 +135,11 @@ class LightningAttention(Block):
 
     Args:
         decay_factor: the layer's own, multiplies the slopes of the heads.
-        silu: SiLU on queries, keys and values.
         qk_norm: RMSNorm on each q and k head before rope; None for none.
         norm_groups: groups of heads over which the output is normed, of the whole layer.
 
     Raises:
-        ConfigError: if attn_tp divides neither the heads nor the groups of the norm.
+        ConfigError: if attn_tp does not divide both the heads and the groups of the norm.
     """
 
     def __init__(
@@ -159,11 +155,7 @@ class LightningAttention(Block):
         norm_groups: int,
         eps: float,
         names: AttentionNames,
-        norm: str = "g_norm",
         qk_norm: float | None = None,
-        silu: bool = False,
-        bias: bool = False,
-        output_bias: bool = False,
     ) -> None:
         axes, d = seat.mesh.attn_tp, head_dim
         first, stop = seat.shard(num_heads, axes, "attention heads")
@@ -174,7 +166,6 @@ class LightningAttention(Block):
         self.qkv = Linear(
             projections(name, [(part, num_heads, *here) for part in (names.q, names.k, names.v)]),
             hidden_size,
-            bias=bias,
         )
         norms = None
         if qk_norm is not None:
@@ -183,17 +174,17 @@ class LightningAttention(Block):
                 RMSNorm(f"{name}.{names.k_norm}", d, qk_norm),
             )
         decay = [slope * decay_factor for slope in slopes(num_heads)[first:stop]]
-        self.core = LightningCore(d, rope, norms, silu, decay)
+        self.core = LightningCore(d, rope, norms, decay)
         columns = (first * d, stop * d)
         self.gate = GatedGroupNorm(
             Part(f"{name}.{names.gate}", num_heads * d, *columns),
             hidden_size,
-            (f"{name}.{norm}", num_heads * d, columns),
+            (f"{name}.g_norm", num_heads * d, columns),
             groups[1] - groups[0],
             eps,
         )
         self.output = head_output(
-            seat, f"{name}.{names.output}", hidden_size, (first, stop), num_heads, d, output_bias
+            seat, f"{name}.{names.output}", hidden_size, (first, stop), num_heads, d
         )
         self.spec = BlockSpec(name=name, kind="attention", variants=(own_rows(seat.mesh),))
 

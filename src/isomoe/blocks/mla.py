@@ -146,7 +146,6 @@ class LatentAttention(Block):
         rope: Rope,
         eps: float,
         scale: float | None = None,
-        bias: bool = False,
         output: str = "o_proj",
     ) -> None:
         first, stop = seat.shard(num_heads, seat.mesh.attn_tp, "attention heads")
@@ -154,7 +153,7 @@ class LatentAttention(Block):
         low = [Part(f"{name}.kv_a_proj_with_mqa", size := kv_latent + rope.dim, 0, size)]
         if q_latent:
             low.insert(0, Part(f"{name}.q_a_proj", q_latent, 0, q_latent))
-        self.low = Linear(low, hidden_size, bias=bias)
+        self.low = Linear(low, hidden_size)
         query = f"{name}.q_b_proj" if q_latent else f"{name}.q_proj"
         up = Linear(
             [Part(query, num_heads * width, first * width, stop * width)], q_latent or hidden_size
@@ -174,7 +173,7 @@ class LatentAttention(Block):
             heads, rope, norm, (f"{name}.kv_b_proj", num_heads, first), q_latent or 0
         )
         self.output = head_output(
-            seat, f"{name}.{output}", hidden_size, (first, stop), num_heads, v_head_dim, bias
+            seat, f"{name}.{output}", hidden_size, (first, stop), num_heads, v_head_dim
         )
         self.spec = BlockSpec(name=name, kind="attention", variants=(own_rows(seat.mesh),))
 

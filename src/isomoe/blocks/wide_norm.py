@@ -12,6 +12,7 @@ from isomoe.blocks.batch import Batch
 from isomoe.blocks.block import Inner
 from isomoe.blocks.leaf import Leaf, WeightSlice
 from isomoe.blocks.linear import Part
+from isomoe.blocks.rope import Rope
 from isomoe.kernels import Heads, split_heads
 from isomoe.layout import Letter, Move, Op, Seat, row_sharded
 
@@ -102,7 +103,6 @@ class WideNormAttention(Attention):
 
     Args:
         qk_norm: eps of the norm.
-        sizes: as of `Attention`, without its other norms.
     """
 
     def __init__(
@@ -110,21 +110,23 @@ class WideNormAttention(Attention):
         seat: Seat,
         name: str,
         *,
+        hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        rope: Rope | None,
         qk_norm: float,
         names: AttentionNames = NAMES,
-        **sizes: Any,
     ) -> None:
         super().__init__(
             seat,
             name,
+            hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            rope=rope,
             names=names,
-            **sizes,
         )
         mesh, d = seat.mesh, head_dim
         first, stop = seat.shard(num_heads, mesh.attn_tp, "attention heads")

@@ -1,6 +1,7 @@
 """What a checkpoint's files settle: everything that the settings left open."""
 
 import json
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 import torch
 
 from isomoe.config import Device, DType, EngineConfig, LoadFormat
+from isomoe.engine.diffusion import check_request
 from isomoe.engine.grammar import GrammarFactory
 from isomoe.engine.kv_cache import pages_for
 from isomoe.engine.sampling_params import SamplingParams
 from isomoe.errors import ConfigError, RequestError
-from isomoe.models import BlockDiffusion, HFConfig, family_of, read_config
+from isomoe.models import BlockDiffusion, HFConfig, dtype_name, family_of, read_config
 from isomoe.tokenizer import Tokenizer, has_tokenizer
-from isomoe.weights import resolve
+from isomoe.weights import Quantization, read_quantization, resolve
 
+_LOG = logging.getLogger(__name__)
 _PAGE_SIZE = 16
 
 
@@ -28,6 +31,7 @@ class ModelInfo:
         folder: where it lies.
         hf_config: its config.json.
         dtype: the torch dtype's name.
+        quantization: how the checkpoint's weights are kept; None if they are plain.
         device: cpu or cuda.
         context_length: the most tokens of a request.
         page_size: tokens of a page of the KV cache.
@@ -40,6 +44,7 @@ class ModelInfo:
     folder: Path
     hf_config: HFConfig
     dtype: str
+    quantization: Quantization | None
     device: str
     context_length: int
     page_size: int
@@ -69,29 +74,20 @@ class ModelInfo:
         return cls(
             folder=folder,
             hf_config=hf_config,
-            dtype=_dtype(config.dtype, hf_config),
+            dtype=dtype_name(hf_config) if config.dtype is DType.AUTO else str(config.dtype),
+            quantization=read_quantization(hf_config),
             device=device,
             context_length=_context_length(config.context_length, hf_config, diffusion),
             page_size=_page_size(config, diffusion),
             diffusion=diffusion,
             vocab_size=hf_config["vocab_size"],
             eos_token_ids=_eos_token_ids(folder, hf_config),
-            sampling_defaults=_sampling_defaults(folder),
+            sampling_defaults=_sampling_defaults(folder, diffusion),
         )
 
     def grammars(self) -> GrammarFactory:
         """For outputs that must follow a grammar."""
         return GrammarFactory(self.folder, self.vocab_size, self.eos_token_ids)
-
-
-def _dtype(asked: DType, hf_config: HFConfig) -> str:
-    if asked is not DType.AUTO:
-        return str(asked)
-    found = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    known = {str(dtype) for dtype in DType} - {str(DType.AUTO)}
-    if found not in known:
-        raise ConfigError(f"config.json: dtype {found!r}; --dtype bfloat16 or float32 would work")
-    return str(found)
 
 
 def _device(asked: Device) -> str:
@@ -163,8 +159,8 @@ def _eos_token_ids(folder: Path, hf_config: HFConfig) -> frozenset[int]:
     return frozenset(found)
 
 
-def _sampling_defaults(folder: Path) -> dict[str, float]:
-    """Those that vLLM and SGLang take from there.
+def _sampling_defaults(folder: Path, diffusion: BlockDiffusion | None) -> dict[str, float]:
+    """Those that vLLM and SGLang take from there, and that the model's kind of generation can do.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -176,6 +172,13 @@ def _sampling_defaults(folder: Path) -> dict[str, float]:
         SamplingParams(**found)
     except RequestError as error:
         raise ConfigError(f"{folder}/generation_config.json: {error}") from None
+    if diffusion is not None:
+        for name, value in list(found.items()):
+            try:
+                check_request(SamplingParams(**{name: value}), diffusion.block_size)
+            except RequestError as error:
+                _LOG.warning("generation_config.json: %s %s is left out: %s", name, value, error)
+                del found[name]
     return found
 
 
@@ -191,6 +194,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 
 def _ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(one) is not int for one in found):
+        raise ConfigError(f"eos_token_id is {value!r}, not a token id or a list of them")
+    return found

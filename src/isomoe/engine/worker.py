@@ -188,9 +188,13 @@ class Worker:
         if self.config.load_format is LoadFormat.DUMMY:
             load_dummy(slices, self.config.random_seed)
         else:
-            model = self.model
             load_safetensors(
-                self.info.folder, slices, model.ignores, progress, canonical=model.canonical
+                self.info.folder,
+                slices,
+                self.model.ignores,
+                progress,
+                canonical=self.model.canonical,
+                quantization=self.info.quantization,
             )
         for leaf in self.model.leaves():
             leaf.pack()

@@ -6,7 +6,8 @@ T: rows   N: heads   c: latent dim   r: dims that turn   n: dims that do not   v
 
 The cache holds c + r numbers a token, the same for all heads. Decoding absorbs the up-projections
 into queries and outputs, so that it reads latents alone; a prompt expands them to keys and values
-of every head, which takes fewer operations. Both are the same up to rounding.
+of every head, which takes fewer operations. (On GPUs only long prompts without earlier context do.)
+Both are the same up to rounding.
 """
 
 import torch

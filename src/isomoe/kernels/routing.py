@@ -44,20 +44,22 @@ def choose(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tupl
     """
     logits = logits.float()
     softmax = routing.scoring == "softmax"
-    if softmax and bias is None and routing.num_groups == 1:
-        # Probabilities are in the order of logits, which tell more of them apart.
+    if bias is None and routing.num_groups == 1:
+        # Scores are in the order of logits, which tell more of them apart.
         chosen, ids = _largest(logits, routing.top_k)
-        if routing.renormalize:
-            weights = torch.softmax(chosen, -1)
-        else:
+        if softmax and routing.renormalize:
+            return torch.softmax(chosen, -1) * routing.scale, ids
+        if softmax:
             weights = torch.exp(chosen - torch.logsumexp(logits, -1, keepdim=True))
-        return weights * routing.scale if routing.scale != 1.0 else weights, ids
-    scores = torch.softmax(logits, -1) if softmax else torch.sigmoid(logits)
-    choice = scores if bias is None else scores + bias
-    if routing.num_groups > 1:
-        choice = _within_groups(choice, routing)
-    ids = _largest(choice, routing.top_k)[1]
-    weights = scores.gather(1, ids)
+        else:
+            weights = torch.sigmoid(chosen)
+    else:
+        scores = torch.softmax(logits, -1) if softmax else torch.sigmoid(logits)
+        choice = scores if bias is None else scores + bias
+        if routing.num_groups > 1:
+            choice = _within_groups(choice, routing)
+        ids = _largest(choice, routing.top_k)[1]
+        weights = scores.gather(1, ids)
     if routing.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * routing.scale, ids

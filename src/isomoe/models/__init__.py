@@ -1,6 +1,7 @@
 """Model families: one short file each, composed of blocks."""
 
 from isomoe.models.causal_lm import BlockDiffusion, CausalLM, HFConfig, Layer
+from isomoe.models.options import dtype_name
 from isomoe.models.registry import (
     FAMILIES,
     build,
@@ -10,6 +11,7 @@ from isomoe.models.registry import (
     read_config,
     representative,
 )
+from isomoe.models.shipped import known_configs
 
 __all__ = [
     "FAMILIES",
@@ -18,8 +20,10 @@ __all__ = [
     "HFConfig",
     "Layer",
     "build",
+    "dtype_name",
     "family_of",
     "fits",
+    "known_configs",
     "layouts",
     "read_config",
     "representative",

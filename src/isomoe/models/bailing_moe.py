@@ -26,9 +26,11 @@ class BailingMoeV2(FineGrainedMoe):
 
     architectures: ClassVar[tuple[str, ...]] = ("BailingMoeV2ForCausalLM",)
     only: ClassVar[Supported] = {
+        **FineGrainedMoe.only,
         "score_function": ("sigmoid",),
         "moe_router_enable_expert_bias": (True,),
         "norm_head": (False,),
+        "use_bias": (False,),
         "use_sliding_window": (False,),
     }
     embedding_at = "model.word_embeddings"
@@ -62,7 +64,6 @@ class BailingMoeV2(FineGrainedMoe):
             "head_dim": head_dim(c),
             "rope": self.rope,
             "bias": bool(c.get("use_qkv_bias")),
-            "output_bias": bool(c.get("use_bias")),
             "qk_norm": self.eps if c.get("use_qk_norm") else None,
             "names": NAMES,
         }
@@ -73,10 +74,11 @@ class BailingMoe(BailingMoeV2):
 
     architectures: ClassVar[tuple[str, ...]] = ("BailingMoeForCausalLM", "BailingMoEForCausalLM")
     only: ClassVar[Supported] = {
+        **BailingMoeV2.only,
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy",),
         "score_function": ("softmax",),
         "moe_router_enable_expert_bias": (False,),
-        "norm_head": (False,),
-        "use_sliding_window": (False,),
     }
 
     @classmethod

@@ -21,6 +21,8 @@ class BailingMoeLinearV2(BailingMoeV2):
         "linear_silu": (False,),
         "use_linear_silu": (False,),
         "linear_rope": (True,),
+        "rope_interleave": (True,),
+        "use_qkv_bias": (False,),
     }
 
     @classmethod
@@ -58,8 +60,6 @@ class BailingMoeLinearV2(BailingMoeV2):
             norm_groups=c["group_norm_size"],
             eps=self.eps,
             qk_norm=self.eps if c.get("use_qk_norm") else None,
-            bias=bool(c.get("use_qkv_bias")),
-            output_bias=bool(c.get("use_bias")),
             names=NAMES,
         )
 

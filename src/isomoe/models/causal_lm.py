@@ -24,6 +24,12 @@ from isomoe.layout import Chain, Mesh, Parallelism, ReadSpec, Seat
 from isomoe.stream import ResidualStream
 
 _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SIZES = (
+    "head_dim", "intermediate_size", "kv_lora_rank", "moe_intermediate_size", "n_routed_experts",
+    "num_experts", "num_local_experts", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "shared_expert_intermediate_size", "v_head_dim",
+)  # fmt: skip
+"""Counts, or absent; 0 is as good as absent."""
 
 HFConfig = Mapping[str, Any]
 """A checkpoint's config.json."""
@@ -93,6 +99,10 @@ class CausalLM(ABC):
         for key in _COUNTS:
             if type(config[key]) is not int or config[key] < 1:
                 raise ConfigError(f"config.json: {key!r} is {config[key]!r}, not a count")
+        for key in _SIZES:
+            value = config.get(key)
+            if value not in (None, 0) and (type(value) is not int or value < 1):
+                raise ConfigError(f"config.json: {key!r} is {value!r}, not a count")
         self._check_options()
         self.prepare()
         wanted = range(self.num_layers(config)) if layers is None else layers

@@ -10,7 +10,7 @@ from isomoe.blocks import LatentAttention, Rope, Routing
 from isomoe.layout import Seat
 from isomoe.models.causal_lm import HFConfig, Layer, Supported
 from isomoe.models.fine_grained import FineGrainedMoe
-from isomoe.models.options import rope, rope_options, yarn_mscale
+from isomoe.models.options import first, rope, rope_options, yarn_mscale
 
 LATENT_EPS = 1e-6
 """Of the norms of the latents, whatever the config says of the others: so in the released code."""
@@ -21,8 +21,7 @@ class DeepseekV3(FineGrainedMoe):
 
     architectures: ClassVar[tuple[str, ...]] = ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM")
     only: ClassVar[Supported] = {
-        "topk_method": ("noaux_tc",),
-        "scoring_func": ("sigmoid",),
+        **FineGrainedMoe.only,
         "attention_bias": (False,),
     }
 
@@ -48,9 +47,10 @@ class DeepseekV2(DeepseekV3):
 
     architectures: ClassVar[tuple[str, ...]] = ("DeepseekV2ForCausalLM",)
     only: ClassVar[Supported] = {
+        **DeepseekV3.only,
         "topk_method": ("greedy", "group_limited_greedy"),
         "scoring_func": ("softmax",),
-        "attention_bias": (False,),
+        "rope_interleave": (True,),
     }
 
     def has_correction(self) -> bool:
@@ -70,8 +70,9 @@ class DeepseekV2(DeepseekV3):
 
 
 def latent_rope(config: HFConfig) -> Rope:
-    """For the dims of a head that turn, which are neighbours in the weights."""
-    return rope(config, config["qk_rope_head_dim"], interleaved=config.get("rope_interleave", True))
+    """For the dims of a head that turn: neighbours in the weights turn together, as published."""
+    interleaved = first(config, "rope_interleave", default=True)
+    return rope(config, config["qk_rope_head_dim"], interleaved=interleaved)
 
 
 def latent_attention(

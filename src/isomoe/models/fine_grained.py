@@ -5,16 +5,21 @@ Source: Dai et al., DeepSeekMoE (2024); DeepSeek-V3 (2024) for sigmoid scores an
 bias.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from isomoe.blocks import Block, Routing
-from isomoe.models.causal_lm import CausalLM, HFConfig
+from isomoe.models.causal_lm import CausalLM, HFConfig, Supported
 from isomoe.models.options import first
 
 
 class FineGrainedMoe(CausalLM):
     """The FFNs of many families; their attention differs."""
 
+    only: ClassVar[Supported] = {
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+    }
     router_at: ClassVar[str] = "gate"
     correction_at: ClassVar[str] = "gate.e_score_correction_bias"
     shared_at: ClassVar[str] = "shared_experts"
@@ -26,7 +31,7 @@ class FineGrainedMoe(CausalLM):
         if types is not None:
             return bool(types[index] == "sparse")
         dense = first(config, "first_k_dense_replace", default=0)
-        return index >= int(dense) and index % int(config.get("moe_layer_freq") or 1) == 0
+        return index >= int(dense)
 
     def routing(self) -> Routing:
         """How experts are chosen."""
@@ -45,7 +50,6 @@ class FineGrainedMoe(CausalLM):
             router=self.router_at,
             router_fp32=True,
             correction=self.correction_at if self.has_correction() else None,
-            **self.expert_options(index),
         )
         width = self.shared_width(c)
         if not width:
@@ -70,10 +74,6 @@ class FineGrainedMoe(CausalLM):
     def has_correction(self) -> bool:
         """Whether a bias takes part in the choice of experts."""
         return True
-
-    def expert_options(self, index: int) -> dict[str, Any]:
-        """More of `SparseMoe`'s arguments for a layer."""
-        return {}
 
 
 def sigmoid_routing(config: HFConfig) -> Routing:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from isomoe.blocks import Attention, Routing
 from isomoe.models.causal_lm import HFConfig, Layer, Supported
 from isomoe.models.fine_grained import FineGrainedMoe
-from isomoe.models.options import first, head_dim, rope
+from isomoe.models.options import head_dim, rope
 
 
 class HunyuanV3(FineGrainedMoe):
@@ -21,6 +21,9 @@ class HunyuanV3(FineGrainedMoe):
         "qk_norm": (True,),
         "moe_router_use_sigmoid": (True,),
         "moe_router_enable_expert_bias": (True,),
+        "moe_layer_freq": (1,),
+        "route_norm": (True,),
+        "norm_topk_prob": (True,),
     }
     router_at = "router.gate"
     correction_at = "expert_bias"
@@ -44,7 +47,7 @@ class HunyuanV3(FineGrainedMoe):
         return Routing(
             top_k=c["num_experts_per_tok"],
             scoring="sigmoid",
-            renormalize=first(c, "route_norm", "norm_topk_prob", default=True),
+            renormalize=True,
             scale=float(c["router_scaling_factor"]),
         )
 

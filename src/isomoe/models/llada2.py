@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from isomoe.blocks import Span
 from isomoe.models.bailing_moe import BailingMoeV2
 from isomoe.models.causal_lm import BlockDiffusion, HFConfig, Supported
+from isomoe.models.options import block_diffusion
 
 
 class Llada2(BailingMoeV2):
@@ -18,10 +19,7 @@ class Llada2(BailingMoeV2):
 
     @classmethod
     def diffusion(cls, config: HFConfig) -> BlockDiffusion:
-        return BlockDiffusion(
-            block_size=int(config.get("block_size") or 32),
-            mask_token_id=int(config.get("mask_token_id") or 156895),
-        )
+        return block_diffusion(config, block_size=32, mask_token_id=156895)
 
     def attention_options(self) -> dict[str, Any]:
         span = Span(block=self.diffusion(self.config).block_size)

@@ -6,7 +6,7 @@ Source: MiMo-V2-Flash technical report (2026); MiMoV2FlashForCausalLM of transfo
 from typing import ClassVar
 
 from isomoe.blocks import CAUSAL, Attention, AttentionNames, Span
-from isomoe.models.causal_lm import HFConfig, Layer
+from isomoe.models.causal_lm import HFConfig, Layer, Supported
 from isomoe.models.fine_grained import FineGrainedMoe
 from isomoe.models.options import first, rope, rope_options
 
@@ -15,6 +15,12 @@ class MiMoV2Flash(FineGrainedMoe):
     """MiMo-V2-Flash. Values have dims of their own and are scaled before they are cached."""
 
     architectures: ClassVar[tuple[str, ...]] = ("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM")
+    only: ClassVar[Supported] = {
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "add_full_attention_sink_bias": (False,),
+        "add_swa_attention_sink_bias": (True,),
+    }
 
     def prepare(self) -> None:
         c = self.config
@@ -39,10 +45,8 @@ class MiMoV2Flash(FineGrainedMoe):
 
     @classmethod
     def is_sparse(cls, config: HFConfig, index: int) -> bool:
-        released = config.get("moe_layer_freq")
-        if isinstance(released, list):
-            return bool(released[index])
-        return super().is_sparse(config, index)
+        released = config.get("moe_layer_freq")  # a list, in spite of its name
+        return super().is_sparse(config, index) if released is None else bool(released[index])
 
     @classmethod
     def attention_sort(cls, config: HFConfig, index: int) -> object:

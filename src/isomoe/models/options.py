@@ -6,13 +6,44 @@ from typing import Any
 
 from isomoe.blocks import LinearScaling, Llama3, Rope, Scaling, Yarn
 from isomoe.errors import ConfigError
+from isomoe.models.causal_lm import BlockDiffusion, HFConfig
 
-HFConfig = Mapping[str, Any]
+DTYPES = ("bfloat16", "float32")
+"""Names of the torch dtypes that models are run in."""
 
 
 def first(config: HFConfig, *keys: str, default: Any = None) -> Any:
     """The value of the first of `keys` that is set."""
     return next((config[key] for key in keys if config.get(key) is not None), default)
+
+
+def dtype_name(config: HFConfig) -> str:
+    """The dtype of a checkpoint; bfloat16, as nearly all are published in, if it names none.
+
+    Raises:
+        ConfigError: if it is not one of `DTYPES`.
+    """
+    found = first(config, "dtype", "torch_dtype", default="bfloat16")
+    if found not in DTYPES:
+        raise ConfigError(
+            f"config.json: dtype {found!r} is not supported; bfloat16 or float32 would work "
+            "(an engine takes --dtype)"
+        )
+    return str(found)
+
+
+def block_diffusion(config: HFConfig, block_size: int, mask_token_id: int) -> BlockDiffusion:
+    """How a model fills in blocks; the arguments are meant where the config names none.
+
+    Raises:
+        ConfigError: if it names what is no size or no token.
+    """
+    size = first(config, "block_size", default=block_size)
+    mask = first(config, "mask_token_id", default=mask_token_id)
+    for key, value, least in (("block_size", size, 1), ("mask_token_id", mask, 0)):
+        if type(value) is not int or value < least:
+            raise ConfigError(f"config.json: {key!r} is {value!r}, not a number from {least} on")
+    return BlockDiffusion(block_size=size, mask_token_id=mask)
 
 
 def head_dim(config: HFConfig) -> int:
@@ -25,9 +56,17 @@ def rope_options(config: HFConfig, layer_type: str | None = None) -> dict[str, A
 
     transformers 5 has `rope_parameters` (for some models one a layer type); released configs have
     `rope_theta`, `rope_scaling` and `partial_rotary_factor` beside one another.
+
+    Raises:
+        ConfigError: if there is one for each layer type, and none was asked for.
     """
     found: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if layer_type is not None and isinstance(found.get(layer_type), Mapping):
+    if any(isinstance(value, Mapping) for value in found.values()):
+        if layer_type is None:
+            raise ConfigError(
+                f"config.json: rope_parameters for each of {', '.join(found)} are not supported; "
+                "for all layers together they are"
+            )
         found = dict(found[layer_type])
     for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
         if found.get(key) is None:

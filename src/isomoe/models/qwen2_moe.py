@@ -16,7 +16,7 @@ class Qwen2Moe(QwenMoe):
     architectures: ClassVar[tuple[str, ...]] = ("Qwen2MoeForCausalLM",)
 
     def layer(self, index: int) -> Layer:
-        at = f"model.layers.{index}"
+        at = f"{self.layers_at}.{index}"
         return Layer(
             attn_norm=self.rms_norm(f"{at}.input_layernorm"),
             attn=Attention(

@@ -16,7 +16,7 @@ class Qwen3Moe(QwenMoe):
     architectures: ClassVar[tuple[str, ...]] = ("Qwen3MoeForCausalLM",)
 
     def layer(self, index: int) -> Layer:
-        at = f"model.layers.{index}"
+        at = f"{self.layers_at}.{index}"
         bias = self.config.get("attention_bias", False)
         return Layer(
             attn_norm=self.rms_norm(f"{at}.input_layernorm"),

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from isomoe.errors import ConfigError, PlacementError
+from isomoe.errors import ConfigError, IsomoeError, PlacementError
 from isomoe.layout import Parallelism, Seat
 from isomoe.layout.parallelism import MAX_RANKS, divisors
 from isomoe.models.bailing_moe import BailingMoe, BailingMoeV2
@@ -81,11 +82,9 @@ def family_of(config: HFConfig) -> type[CausalLM]:
         ConfigError: if its architecture is unknown; lists the known ones.
     """
     named = config.get("architectures")
-    names = (
-        [named]
-        if isinstance(named, str)
-        else named or [f"(none; model_type {config.get('model_type')!r})"]
-    )
+    listed = named if isinstance(named, list) else [named]
+    names = [name for name in listed if isinstance(name, str)]
+    names = names or [f"(none; model_type {config.get('model_type')!r})"]
     for family in FAMILIES:
         if set(family.architectures) & set(names):
             return family
@@ -99,33 +98,36 @@ def build(
     """The model on one rank's seat, without weights.
 
     Raises:
-        ConfigError: if the layout does not fit; names the nearest sizes that do.
+        ConfigError: if the config makes no model, or the layout does not fit; names the nearest
+            sizes that do.
     """
     family = family_of(config)
-    if parallelism.moe_dense_tp_size is not None and not family.has_dense(config):
-        raise ConfigError(
-            f"--moe-dense-tp-size {parallelism.moe_dense_tp_size}: the model has no dense FFN; "
-            "without the flag it works"
-        )
-    try:
-        mesh = family.mesh(config, parallelism)
-        return family(config, Seat(mesh, rank), layers)
-    except KeyError as error:
-        raise ConfigError(f"config.json: {error.args[0]!r} is missing") from None
-    except ConfigError as error:
-        raise ConfigError(f"{error}{_advice(family, config, parallelism)}") from None
+    with _explained():
+        if parallelism.moe_dense_tp_size is not None and not family.has_dense(config):
+            raise ConfigError(
+                f"--moe-dense-tp-size {parallelism.moe_dense_tp_size}: the model has no dense FFN; "
+                "without the flag it works"
+            )
+        try:
+            mesh = family.mesh(config, parallelism)
+            return family(config, Seat(mesh, rank), layers)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_advice(family, config, parallelism)}") from None
 
 
 def fits(family: type[CausalLM], config: HFConfig, parallelism: Parallelism) -> bool:
-    """Whether the model can be laid out so."""
-    sorts = family.sorts(config)
-    one_of_each = sorted({sort: index for index, sort in enumerate(sorts)}.values())
-    try:
-        family(config, Seat(family.mesh(config, parallelism), 0), one_of_each)
-    except (ConfigError, PlacementError):
-        return False
-    except KeyError as error:
-        raise ConfigError(f"config.json: {error.args[0]!r} is missing") from None
+    """Whether the model can be laid out so.
+
+    Raises:
+        ConfigError: if the config makes no model under any layout, where that shows.
+    """
+    with _explained():
+        sorts = family.sorts(config)
+        one_of_each = sorted({sort: index for index, sort in enumerate(sorts)}.values())
+        try:
+            family(config, Seat(family.mesh(config, parallelism), 0), one_of_each)
+        except (ConfigError, PlacementError):
+            return False
     return True
 
 
@@ -134,8 +136,12 @@ def representative(family: type[CausalLM], config: HFConfig) -> list[int]:
 
     One layer of each sort in each surrounding: a plan that is the same between the same sorts of
     layer is then proven for all of them.
+
+    Raises:
+        ConfigError: if the config does not say of which sort a layer is.
     """
-    sorts = family.sorts(config)
+    with _explained():
+        sorts = family.sorts(config)
     seen: set[Any] = set()
     chosen: list[int] = []
     for index, sort in enumerate(sorts):
@@ -159,8 +165,12 @@ def layouts(
 
     Args:
         attn_dp_size: only those of so many attention-DP groups.
+
+    Raises:
+        ConfigError: if the config makes no model, where that shows.
     """
-    dense = family.has_dense(config)
+    with _explained():
+        dense = family.has_dense(config)
     for tp in range(min_ranks, max_ranks + 1):
         for dp in divisors(tp) if attn_dp_size is None else [attn_dp_size]:
             for ep in divisors(tp):
@@ -176,6 +186,22 @@ def layouts(
                     yield layout
                     if dp > 1:  # the vocabulary is padded to any number of ranks
                         yield replace(layout, enable_dp_lm_head=True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns into a ConfigError what a config raises whose values have another type or length, or
+    are out of range: too many to check them one by one."""
+    try:
+        yield
+    except IsomoeError:
+        raise
+    except KeyError as error:
+        raise ConfigError(f"config.json: {error.args[0]!r} is missing") from None
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"config.json: it makes no model ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _advice(family: type[CausalLM], config: HFConfig, wrong: Parallelism) -> str:

@@ -10,6 +10,7 @@ from isomoe.models.bailing_moe import BailingMoeV2
 from isomoe.models.causal_lm import Supported
 from isomoe.models.deepseek_v2 import DeepseekV3
 from isomoe.models.fine_grained import sigmoid_routing
+from isomoe.models.options import first
 
 
 class SarvamMoe(BailingMoeV2):
@@ -23,11 +24,13 @@ class SarvamMla(DeepseekV3):
 
     architectures: ClassVar[tuple[str, ...]] = ("SarvamMLAForCausalLM",)
     only: ClassVar[Supported] = {
+        **DeepseekV3.only,
         "score_function": ("sigmoid",),
         "moe_router_enable_expert_bias": (True,),
     }
 
     def routing(self) -> Routing:
-        experts = self.num_experts(self.config)
-        grouped = {"n_group": experts // 8, "topk_group": 2}
-        return sigmoid_routing({**grouped, **self.config})
+        c = self.config
+        groups = first(c, "n_group", default=self.num_experts(c) // 8)
+        kept = first(c, "topk_group", default=2)
+        return sigmoid_routing({**c, "n_group": groups, "topk_group": kept})

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from isomoe.blocks import Span
 from isomoe.models.causal_lm import BlockDiffusion, HFConfig
+from isomoe.models.options import block_diffusion
 from isomoe.models.qwen3_moe import Qwen3Moe
 
 
@@ -17,10 +18,7 @@ class SdarMoe(Qwen3Moe):
 
     @classmethod
     def diffusion(cls, config: HFConfig) -> BlockDiffusion:
-        return BlockDiffusion(
-            block_size=int(config.get("block_size") or 4),
-            mask_token_id=int(config.get("mask_token_id") or 151669),
-        )
+        return block_diffusion(config, block_size=4, mask_token_id=151669)
 
     def attention_sizes(self) -> dict[str, Any]:
         span = Span(block=self.diffusion(self.config).block_size)

@@ -3,9 +3,20 @@
 Source: the Step-3.5-Flash model card (2026); Step3p7TextModel of transformers.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from isomoe.blocks import CAUSAL, SWIGLU, Attention, Block, RMSNorm, Routing, Span, Stacked, SwiGlu
+from isomoe.blocks import (
+    CAUSAL,
+    SWIGLU,
+    Attention,
+    Block,
+    RMSNorm,
+    Rope,
+    Routing,
+    Span,
+    Stacked,
+    SwiGlu,
+)
 from isomoe.models.causal_lm import CausalLM, HFConfig, Layer, Supported
 from isomoe.models.options import first, rope, rope_options
 
@@ -18,10 +29,13 @@ class Step3p5(CausalLM):
         "moe_router_activation": ("sigmoid",),
         "use_moe_router_bias": (True,),
         "use_head_wise_attn_gate": (True,),
+        "use_qk_norm": (True,),
+        "zero_centered": (True,),
+        "norm_expert_weight": (True,),
     }
 
     def prepare(self) -> None:
-        self.ropes: dict[tuple[float, float, bool], Any] = {}
+        self.ropes: dict[tuple[str, float, float], Rope] = {}
 
     @property
     def eps(self) -> float:
@@ -85,20 +99,21 @@ class Step3p5(CausalLM):
             ffn=self.ffn(index, at),
         )
 
-    def rope_of(self, index: int) -> Any:
+    def rope_of(self, index: int) -> Rope:
         """Each kind of layer has its theta and turning dims; only full layers are scaled."""
-        c, options = self.config, dict(rope_options(self.config))
+        c = self.config
+        kind = "sliding_attention" if self.is_sliding(c, index) else "full_attention"
+        options = rope_options(c, kind)
         for key, listed in (
             ("rope_theta", "rope_theta"),
             ("partial_rotary_factor", "partial_rotary_factors"),
         ):
             if isinstance(c.get(listed), list):
                 options[key] = c[listed][index]
-        kind = "sliding_attention" if self.is_sliding(c, index) else "full_attention"
         scaled = c.get("yarn_only_types")
         if scaled is not None and kind not in scaled:
             options["rope_type"] = "default"
-        sort = options["rope_theta"], options["partial_rotary_factor"], options["rope_type"]
+        sort = kind, options["rope_theta"], options["partial_rotary_factor"]
         if sort not in self.ropes:
             dim = int(c["head_dim"] * options["partial_rotary_factor"])
             self.ropes[sort] = rope(c, dim, options)
@@ -119,7 +134,7 @@ class Step3p5(CausalLM):
             routing=Routing(
                 top_k=first(c, "moe_top_k", "num_experts_per_tok"),
                 scoring="sigmoid",
-                renormalize=c.get("norm_expert_weight", True),
+                renormalize=True,
                 scale=float(first(c, "moe_router_scaling_factor", default=1.0)),
             ),
             router_fp32=True,

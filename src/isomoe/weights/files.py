@@ -74,10 +74,16 @@ class TensorFiles:
 
 def _indexed(index: Path) -> dict[str, Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{index}: not an index of safetensors ({error})") from None
-    folder = index.parent
+    match content:
+        case {"weight_map": dict(weight_map)} if all(
+            isinstance(f, str) for f in weight_map.values()
+        ):
+            folder = index.parent
+        case _:
+            raise CheckpointError(f"{index}: not an index of safetensors (no map to file names)")
     absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     if absent:
         raise CheckpointError(

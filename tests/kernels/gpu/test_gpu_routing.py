@@ -88,6 +88,14 @@ def test_scoring_bias_scale(scoring: str, renormalize: bool, biased: bool) -> No
     torch.testing.assert_close(weights, wanted_weights * 2.5, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_sigmoids_that_are_all_one_leave_the_choice_to_the_logits(renormalize: bool) -> None:
+    logits = torch.arange(30.0, 90.0).view(3, 20)
+    weights, ids = on_device(logits, 4, renormalize, scoring="sigmoid")
+    assert ids.tolist() == [[19, 18, 17, 16]] * 3
+    assert weights.tolist() == [[0.25 if renormalize else 1.0] * 4] * 3
+
+
 def test_no_rows_and_strided_rows() -> None:
     weights, ids = on_device(torch.randn(0, 8), 2, True)
     assert weights.shape == ids.shape == (0, 2)

@@ -113,13 +113,12 @@ def _route(  # type: ignore[no-untyped-def]
         powers = tl.where(inside, tl.exp(logits - tl.max(logits, axis=0)), 0.0)
         scores = powers / tl.sum(powers, axis=0)
     else:
-        # Only the ratios of the chosen matter, and probabilities are in the order of logits.
+        # Only the ratios of the chosen matter.
         scores = logits
     if HAS_BIAS:
         keys = _ordered(scores + tl.load(bias_ptr + expert, mask=inside, other=0.0).to(tl.float32))
-    elif SIGMOID:
-        keys = _ordered(scores)
     else:
+        # Scores are in the order of logits, which tell more of them apart.
         keys = _ordered(logits)
 
     # Integer reductions: one instruction a warp, and NaN, which they order, gives K distinct ids.
@@ -131,7 +130,7 @@ def _route(  # type: ignore[no-untyped-def]
     for k in tl.static_range(TOP_K):
         best = tl.max(keys, axis=0)
         index = tl.min(tl.where(keys == best, expert, BLOCK_E), axis=0)
-        if HAS_BIAS or (not RENORMALIZE and not SIGMOID):
+        if HAS_BIAS or SIGMOID or not RENORMALIZE:
             weight = tl.sum(tl.where(expert == index, scores, 0.0), axis=0)
         else:
             weight = _value_of(best)
