@@ -7,14 +7,13 @@ from fake_server import FakeServer
 from isomoe.bench import (
     BenchRequest,
     Endpoint,
-    HttpClient,
     OpenAIClient,
     Outcome,
-    Url,
     Workload,
     send_all,
 )
 from isomoe.bench.metrics import Run
+from isomoe.http import HttpClient, Url
 
 REQUEST = BenchRequest(prompt=(1, 2, 3, 4), max_tokens=6)
 TEXT = BenchRequest(prompt="one two three four", max_tokens=6)

@@ -1,5 +1,6 @@
 """The counts equal those made by hand, those of the checkpoint, and those of benchmarks/peers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,12 @@ from safetensors import safe_open
 
 import isomoe.models
 from isomoe.bench.device import DeviceLimits, measure_limits
-from isomoe.bench.floors import ModelCounts, Work
-from isomoe.models import read_config
+from isomoe.bench.floors import Attending, ModelCounts, Work
+from isomoe.blocks import SparseMoe
+from isomoe.errors import ConfigError
+from isomoe.kernels import Span
+from isomoe.layout import Parallelism
+from isomoe.models import build, read_config
 from isomoe.weights import bundled_checkpoint
 
 CONFIGS = Path(isomoe.models.__file__).parent / "configs"
@@ -95,6 +100,65 @@ def test_shared_experts_and_biases_count_too() -> None:
     counts = ModelCounts.of(read_config(CONFIGS / "qwen1.5-moe-a2.7b.json"))
     assert counts.dense == 24 * (3 * 2048 * 5632 + 2048)
     assert counts.attention == 24 * (4 * 2048 * 2048 + 3 * 2048)
+
+
+def test_a_window_bounds_the_keys_and_the_pairs_of_its_layers() -> None:
+    """gpt-oss: every other layer has a window of 128."""
+    counts = ModelCounts.of(read_config(CONFIGS / "gpt-oss-20b.json"))
+    token, pair = 12 * 2 * 8 * 64, 12 * 4 * 64 * 64  # of half the layers
+    for context, keys in ((100, 200), (128, 256), (1000, 1128)):
+        assert counts.decode([context]).kv_bytes == 2 * keys * token
+    rows = [counts.prefill([length]).flops for length in (0, 128, 1000)]
+    rest = counts.row_flops
+    assert rows[1] - rows[0] == 128 * rest + 2 * pair * (128 * 129 // 2)
+    seen = 1000 * 1001 // 2 + 128 * 129 // 2 + (1000 - 128) * 128
+    assert rows[2] - rows[0] == 1000 * rest + pair * seen
+
+
+@pytest.mark.parametrize(
+    ("span", "length"),
+    [
+        (span, length)
+        for span in (Span(), Span(window=3), Span(chunk=4))
+        for length in (1, 2, 3, 4, 5, 8, 11)
+    ],
+)
+def test_keys_and_pairs_are_those_that_a_span_shows(span: Span, length: int) -> None:
+    layers = Attending(span=span, kv_values=1, pair_flops=1)
+    keys = [span.stop(at, length) - span.start(at) for at in range(length)]
+    assert layers.keys(length) == keys[-1]
+    assert layers.pairs(length) == sum(keys)
+
+
+def test_a_state_is_read_and_written_in_place_of_keys() -> None:
+    """Ring-mini-linear: one layer in five has keys, the others a state in fp32."""
+    counts = ModelCounts.of(read_config(CONFIGS / "ring-mini-linear-2.0.json"))
+    assert counts.kv_bytes_per_token == 4 * 2 * 4 * 128 * 2
+    state = 16 * 16 * 128 * 128
+    assert counts.state_bytes == 4 * state
+    step, longer = counts.decode([10, 20]), counts.decode([110, 20])
+    assert step.kv_bytes == 2 * 2 * 4 * state + 30 * counts.kv_bytes_per_token
+    assert longer.kv_bytes - step.kv_bytes == 100 * counts.kv_bytes_per_token
+    without = replace(counts, state_flops=0).decode([10, 20])
+    assert step.flops - without.flops == 2 * 4 * state
+
+
+def test_a_model_that_fills_in_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fills in blocks"):
+        ModelCounts.of(read_config(CONFIGS / "sdar-30b-a3b-chat.json"))
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_the_experts_of_all_layers_are_alike(file: Path) -> None:
+    """`expert` and `num_experts` are one layer's, and stand for all."""
+    model = build(read_config(file), Parallelism())
+    blocks = [block for layer in model.layers for block in layer.ffn]
+    kinds = {
+        (block.num_experts, block.routing.top_k, block.experts.intermediate_size)
+        for block in blocks
+        if isinstance(block, SparseMoe)
+    }
+    assert len(kinds) == 1
 
 
 def test_a_tied_head_is_read_though_it_is_the_embedding() -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from fake_server import FakeServer
 
-from isomoe.bench import HttpClient, Url
-from isomoe.bench.http import Response, ResponseError, ResponseReader
 from isomoe.errors import ConfigError
+from isomoe.http import HttpClient, Response, ResponseError, ResponseReader, Url
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -73,6 +72,7 @@ def test_a_response_that_breaks_off_is_an_error(whole: bytes) -> None:
         (CHUNKED + b"\r\n", "chunk size b''"),
         (CHUNKED + b"1\r\nabc", "longer than it says"),
         (OK + b"Content-Length: many\r\n\r\n", "content-length 'many'"),
+        (OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", "content-length '9999"),
         (OK + b"Transfer-Encoding: gzip\r\n\r\n", "transfer-encoding 'gzip'"),
         (OK + b"Content-Length: 1\r\n\r\n12", "after the end"),
         (b"x" * (1 << 17), "more than"),
@@ -98,7 +98,16 @@ def test_a_url_is_read_with_or_without_v1(text: str, url: Url) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "127.0.0.1:30000", "ftp://host", "http://", "http://h:99999", "http://h/a b"]
+    "text",
+    [
+        "",
+        "127.0.0.1:30000",
+        "ftp://host",
+        "http://",
+        "http://h:99999",
+        "http://h/a b",
+        "http://a..b",
+    ],
 )
 def test_what_is_no_url_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must be like http://"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench_floors import LIMITS, TINY
+from test_bench_floors import CONFIGS, LIMITS, TINY
 from torch import Tensor
 
 import gpu_interpreter  # noqa: F401 - before any kernel
@@ -19,7 +19,9 @@ from isomoe.bench.kernel_bench import Checker, copied, tensors, time_case
 from isomoe.bench.kernel_cases import CASES, KernelCase, Prepared, Setting, Sizes, find_cases
 from isomoe.cli.main import main
 from isomoe.errors import ConfigError
+from isomoe.kernels import Routing
 from isomoe.kernels.gpu import configs
+from isomoe.models import read_config
 
 CONFIG = {
     **TINY,
@@ -51,6 +53,28 @@ def test_a_case_agrees_with_its_twin_and_counts_something(case: KernelCase, rows
     assert prepared.num_bytes > 0
     found = list(tensors(prepared.twin(*copied(tuple(prepared.inputs[0])))))
     assert all(out.numel() for out in found)
+
+
+def test_the_router_is_the_models_own() -> None:
+    for renormalize in (False, True):
+        sizes = Sizes.of({**CONFIG, "norm_topk_prob": renormalize})
+        assert sizes.routing == Routing(top_k=2, renormalize=renormalize)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("deepseek-v2-lite", "grouped-query attention"),
+        ("ring-mini-linear-2.0", "grouped-query attention"),
+        ("gpt-oss-20b", "over all keys"),
+        ("mimo-v2-flash", "over all keys"),
+        ("sdar-30b-a3b-chat", "over all keys"),
+        ("glm-4.5-air", "correction bias"),
+    ],
+)
+def test_a_model_that_the_cases_are_not_of_is_refused(model: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Sizes.of(read_config(CONFIGS / f"{model}.json"))
 
 
 def test_what_is_counted_for_one_kernel_is_what_by_hand_it_is() -> None:

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 from fake_server import VOCAB, FakeServer
 
-from isomoe.bench import Endpoint, HttpClient, Target, Url, find_target
+from isomoe.bench import Endpoint, Target, find_target
 from isomoe.errors import ConfigError
+from isomoe.http import HttpClient, Url
 
 
 def find(server: FakeServer, **changes: Any) -> Target:

@@ -8,31 +8,31 @@ from typing import Any
 
 import pytest
 
-from isomoe.cli import models
 from isomoe.cli.main import main
-from isomoe.models import FAMILIES
+from isomoe.cli.models import print_table, shown_delta
+from isomoe.models import FAMILIES, catalogue
 from models import record
 from models.test_families import CASES
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, models.Row]:
+def rows() -> dict[str, catalogue.Row]:
     """By the first architecture."""
-    return {row.architectures[0]: row for row in models.rows(models.read_measured())}
+    return {row.architectures[0]: row for row in catalogue.rows(catalogue.read_measured())}
 
 
-def test_every_class_of_the_registry_is_measured_and_proven(rows: dict[str, models.Row]) -> None:
+def test_every_class_of_the_registry_is_measured_and_proven(rows: dict[str, catalogue.Row]) -> None:
     assert len(rows) == len(FAMILIES)
-    assert set(models.read_measured()) == set(rows), "run make models"
+    assert set(catalogue.read_measured()) == set(rows), "run make models"
     for name, row in rows.items():
         assert row.delta is not None, f"{name}: run make models"
         assert 0 < row.delta < 1e-4, name
         assert row.max_ranks == 64, f"{name}: run make models"
 
 
-def test_what_was_measured_is_what_there_is(rows: dict[str, models.Row]) -> None:
+def test_what_was_measured_is_what_there_is(rows: dict[str, catalogue.Row]) -> None:
     """Configs that ship and oracles may have changed since."""
-    for name, values in models.read_measured().items():
+    for name, values in catalogue.read_measured().items():
         assert values["configs"] == sorted(rows[name].configs), f"{name}: run make models"
     measured = {(row.family, oracle) for row in rows.values() for oracle in row.oracles}
     assert measured == {(case.family, case.oracle) for case in CASES}, "run make models"
@@ -40,13 +40,13 @@ def test_what_was_measured_is_what_there_is(rows: dict[str, models.Row]) -> None
 
 @pytest.mark.slow
 def test_the_layouts_proven_are_those_that_there_are() -> None:
-    values = models.read_measured()
+    values = catalogue.read_measured()
     for family in FAMILIES:
         known = values[family.architectures[0]]
         assert record.count(family, known["max_ranks"]) == known["layouts_proven"], family
 
 
-def test_the_page_is_what_the_data_gives(rows: dict[str, models.Row]) -> None:
+def test_the_page_is_what_the_data_gives(rows: dict[str, catalogue.Row]) -> None:
     text = record.PAGE.read_text(encoding="utf-8")
     assert record.page(text, list(rows.values())) == text, "run make models"
 
@@ -70,7 +70,7 @@ def test_the_page_is_what_the_data_gives(rows: dict[str, models.Row]) -> None:
     ],
 )
 def test_kinds_come_from_the_blocks(
-    rows: dict[str, models.Row], name: str, attention: str, router: str
+    rows: dict[str, catalogue.Row], name: str, attention: str, router: str
 ) -> None:
     assert (rows[name].attention, rows[name].router) == (attention, router)
 
@@ -88,19 +88,19 @@ def test_the_document_has_a_row_a_class(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_table_names_families_oracles_and_figures(
-    rows: dict[str, models.Row], capsys: pytest.CaptureFixture[str]
+    rows: dict[str, catalogue.Row], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["models"]) == 0
     out, _ = capsys.readouterr()
     mixtral = rows["MixtralForCausalLM"]
-    for text in (*{row.family for row in rows.values()}, *rows, models.shown_delta(mixtral)):
+    for text in (*{row.family for row in rows.values()}, *rows, shown_delta(mixtral)):
         assert text in out
 
 
 def test_a_family_without_figures_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    known: dict[str, Any] = models.read_measured()
+    known: dict[str, Any] = catalogue.read_measured()
     del known["MixtralForCausalLM"]
-    models.print_table(models.rows(known))
+    print_table(catalogue.rows(known))
     out, errors = capsys.readouterr()
     assert "not measured" in out
     assert "not proven" in out

@@ -40,7 +40,7 @@ def test_the_report_s_layout_gathers_for_the_experts_and_reduce_scatters_from_th
     plan: Plan,
 ) -> None:
     shown = document(
-        plan, "--tp", "2", "--dp", "2", "--enable-dp-attention", "--ep", "2", "--rows", "64"
+        plan, "--tp", "2", "--dp", "2", "--enable-dp-attention", "--ep", "2", "--rows", "4096"
     )
     assert shown["world"] == 2
     assert shown["mesh"]["axes"] == [2]

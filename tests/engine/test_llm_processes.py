@@ -68,7 +68,9 @@ def expected(folder: Path) -> list[RequestOutput]:
         return llm.generate(PROMPTS, GREEDY)
 
 
-@pytest.mark.parametrize("layout", [TP2, DP2, pytest.param(TP4, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [DP2, *(pytest.param(each, marks=pytest.mark.slow) for each in (TP2, TP4))], ids=str
+)
 def test_every_layout_gives_what_one_rank_gives(
     folder: Path, expected: list[RequestOutput], layout: dict[str, int]
 ) -> None:

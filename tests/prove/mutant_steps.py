@@ -46,12 +46,29 @@ class Seen:
     """What a step's ranks saw.
 
     Attributes:
-        reads: for each read, the settled residual that each rank holds, as `_rows_of` has it.
+        reads: for each read, the settled residual that each rank holds.
         logits: of each rank.
     """
 
-    reads: list[list[Tensor]]
-    logits: list[Tensor]
+    reads: list[list["Held"]]
+    logits: list["Held"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a rank holds of the rows of all.
+
+    Attributes:
+        values: zero in rows that it does not hold.
+        rows: those that it holds; padding is none.
+    """
+
+    values: Tensor
+    rows: Tensor
+
+    @classmethod
+    def all(cls, values: Tensor) -> "Held":
+        return cls(values=values, rows=torch.ones(len(values), dtype=torch.bool))
 
 
 class Ranks:
@@ -79,7 +96,7 @@ class Ranks:
         mesh = self.models[0].seat.mesh
         groups = mesh.size_of(mesh.attn_dp)
         lengths = step.lengths if groups == 2 else (sum(step.lengths, ()),) * groups
-        reads: dict[int, list[Tensor]] = {rank: [] for rank in range(mesh.size)}
+        reads: dict[int, list[Held]] = {rank: [] for rank in range(mesh.size)}
 
         def stream_of(*args: Any) -> ResidualStream:
             stream = ResidualStream(*args)
@@ -96,9 +113,12 @@ class Ranks:
                 step.padded if groups == 2 else None,
                 chosen=chosen if step.last_rows else None,
             )
-        return Seen(reads=[list(each) for each in zip(*reads.values(), strict=True)], logits=logits)
+        return Seen(
+            reads=[list(each) for each in zip(*reads.values(), strict=True)],
+            logits=[Held.all(each) for each in logits],
+        )
 
-    def _watch(self, stream: ResidualStream, seen: list[Tensor]) -> None:
+    def _watch(self, stream: ResidualStream, seen: list[Held]) -> None:
         read = stream.read
 
         def watched(*args: Any, **more: Any) -> Any:
@@ -109,18 +129,20 @@ class Ranks:
         stream.read = watched  # type: ignore[method-assign]
 
 
-def _rows_of(stream: ResidualStream, index: int) -> Tensor:
-    """All rows of a read's residual; NaN for those of other ranks, and for padding."""
+def _rows_of(stream: ResidualStream, index: int) -> Held:
+    """A read's residual."""
     assert stream._residual is not None
     held, rank = stream._residual, stream.comm.seat.rank
     row_axes = stream.plan.reads[index].residual.row_axes
     start, stop = stream.rows.span(rank, row_axes)
-    found = torch.full((stream.rows.total, held.shape[1]), torch.nan)
-    found[start:stop] = held
+    values = torch.zeros(stream.rows.total, held.shape[1])
+    values[start:stop] = held
+    is_held = torch.zeros(stream.rows.total, dtype=torch.bool)
+    is_held[start:stop] = True
     if stream.rows is stream.tokens:
         for rows in stream.tokens.padding(rank, 0):
-            found[rows] = torch.nan
-    return found
+            is_held[rows] = False
+    return Held(values=values, rows=is_held)
 
 
 def _prompt(length: int, salt: int) -> list[int]:
@@ -136,13 +158,17 @@ def parted(clean: Seen, other: Seen) -> Iterator[int]:
             yield index
 
 
-def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether ranks hold the same, as far as both runs let them hold it."""
-    scale = max(float(x.nan_to_num().abs().max()) for x in ours if x.numel())
-    return all(
-        a.shape == b.shape and bool(((a - b).nan_to_num().abs() <= 1e-4 * scale).all())
-        for a, b in zip(ours, theirs, strict=True)
-    )
+def _same(ours: Sequence[Held], theirs: Sequence[Held]) -> bool:
+    """Whether ranks hold the same, bit for bit, as far as both runs let them hold it.
+
+    Both do the same sums in the same order where no mutant acts. NaN is never the same.
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    if any(a.values.shape != b.values.shape for a, b in pairs):
+        return False
+    found = [(a.values[both], b.values[both]) for a, b in pairs for both in [a.rows & b.rows]]
+    assert any(len(a) for a, _ in found), "nothing to compare"
+    return all(torch.equal(a, b) for a, b in found)
 
 
 def writers(model: CausalLM, read: int) -> set[str]:

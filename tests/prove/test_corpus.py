@@ -15,7 +15,7 @@ import test_architecture as architecture
 from isomoe.comm import SimWorld
 from isomoe.errors import ConfigError, IsomoeError, PlacementError
 from isomoe.layout import (
-    GLOO,
+    MACHINES,
     BlockSpec,
     Chain,
     Letter,
@@ -134,7 +134,7 @@ def stream_with(mutated: Callable[[ResidualStream], None]) -> None:
     """Runs `mutated` on the stream of each rank, whose embedding has two rows a group."""
     import torch
 
-    plan = make_plan(chain(), GLOO)
+    plan = make_plan(chain(), MACHINES["cpu"])
     rows = TokenRows.of(MESH, (2, 2))
 
     def rank_main(comm: Any) -> None:
@@ -313,7 +313,7 @@ def test_an_attempt_to_write_it_is_refused(name: str) -> None:
 
 def test_every_attempt_is_named_and_what_is_right_is_not_refused() -> None:
     assert set(ATTEMPTS) == set(refusals())
-    make_plan(chain(), GLOO)
+    make_plan(chain(), MACHINES["cpu"])
     stream_with(lambda stream: None)
     model_file("RIGHT = 1", architecture.test_models_know_neither_the_planner_nor_a_rank)
     clean = replace(find_mutant("bias-on-every-rank"), in_model=lambda model: None)

@@ -4,18 +4,29 @@ The list of mutants is the product's own, so a new one is tested unasked.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from isomoe.config import Device, DType, EngineConfig
 from isomoe.engine import LLM, SamplingParams
 from isomoe.errors import ConfigError, IsomoeError, PlacementError
 from isomoe.layout import Parallelism
-from isomoe.models import FAMILIES, CausalLM, HFConfig, build, family_of, fits, layouts
+from isomoe.models import (
+    FAMILIES,
+    CausalLM,
+    HFConfig,
+    build,
+    family_of,
+    fits,
+    known_configs,
+    layouts,
+)
 from isomoe.parity.inject import injectable, instrument_of
-from isomoe.prove import MUTANTS, expressible, find_mutant, known_configs
+from isomoe.prove import MUTANTS, expressible, find_mutant
 from isomoe.prove.corpus import Level
 from isomoe.prove.levels import levels
 from isomoe.prove.miniature import checkpoint, miniature
@@ -197,6 +208,18 @@ def test_clean_ranks_do_not_part(folders: dict[str, Path]) -> None:
     again = Ranks(folders["arith-moe"], layout)
     for step in STEPS:
         assert not list(parted(seen[step], again.run(step)))
+
+
+def test_a_nan_is_seen(folders: dict[str, Path]) -> None:
+    """In a row that is held; rows of other ranks are not looked at."""
+    _, seen = clean(folders["arith-moe"], Parallelism.parse("tp2,dp2,ep2"))
+    step = seen[STEPS[1]]
+    for row, differs in ((0, True), (5, False)):  # of rank 0, of rank 1
+        first = step.reads[0][0]
+        values = first.values.clone()
+        values[row, 0] = torch.nan
+        reads = [[replace(first, values=values), *step.reads[0][1:]], *step.reads[1:]]
+        assert bool(list(parted(step, replace(step, reads=reads)))) == differs
 
 
 def scores(folder: Path, layout: str, instrument: str | None = None) -> list[float]:

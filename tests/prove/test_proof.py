@@ -25,13 +25,12 @@ from isomoe.layout import (
     Seat,
     make_plan,
 )
-from isomoe.models import CausalLM
+from isomoe.models import CausalLM, known_configs
 from isomoe.prove import (
     MUTANTS,
     Finding,
     Stats,
     find_mutant,
-    known_configs,
     prove_models,
 )
 from isomoe.prove.campaign import _subjects
@@ -93,7 +92,9 @@ STEPPED = ("qwen3-moe-mixed", "qwen2-57b-a14b", "minimax-m2", "gpt-oss-20b", "st
 layers of several head counts."""
 
 
-@pytest.mark.parametrize("job", [(8, 1), (8, 2), (8, 4)], ids=str)
+@pytest.mark.parametrize(
+    "job", [(8, 1), (8, 2), pytest.param((8, 4), marks=pytest.mark.slow)], ids=str
+)
 def test_every_step_of_every_plan_is_one_that_was_run(
     job: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,9 +327,10 @@ def test_a_model_that_fits_no_layout_is_refused_and_not_vacuously_proven(
 
 
 def test_in_more_than_one_process_the_counts_are_the_same() -> None:
-    one = prove_models(SMALL, 8, processes=1)
-    two = prove_models(SMALL, 8, processes=2)
+    one = prove_models(SMALL, 4, processes=1)
+    two = prove_models(SMALL, 4, processes=2)
     assert one.finding is None
+    assert one.stats.layouts > 10
     assert one.stats == two.stats
 
 

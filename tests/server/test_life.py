@@ -62,7 +62,7 @@ async def kill_in_mid_stream(server: Server, pid: int) -> list[list[str]]:
     return await asyncio.gather(*streams)
 
 
-@pytest.mark.parametrize("victim", ["worker", "engine"])
+@pytest.mark.parametrize("victim", [pytest.param("worker", marks=pytest.mark.slow), "engine"])
 def test_a_dead_part_ends_every_stream_with_an_error_and_the_server_with_exit_code_1(
     victim: str,
 ) -> None:
@@ -104,6 +104,7 @@ def test_a_part_that_hangs_is_given_up(victim: str, named: str) -> None:
         wait_gone([server.engine_pid, *server.worker_pids])
 
 
+@pytest.mark.slow
 def test_requests_that_arrive_while_the_engine_dies_are_answered_and_the_server_ends() -> None:
     async def arrive(server: Server) -> Counter[int | str]:
         async with httpx2.AsyncClient(base_url=server.url, timeout=LIMIT_SECONDS) as client:

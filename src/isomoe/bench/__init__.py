@@ -1,7 +1,6 @@
 """Load generators, and what they measure. They talk HTTP, so that they work against any server."""
 
 from isomoe.bench.client import Endpoint, OpenAIClient
-from isomoe.bench.http import HttpClient, Url
 from isomoe.bench.load import send_all
 from isomoe.bench.metrics import Latency, Outcome, Run, Summary
 from isomoe.bench.offline import OfflineEngine, OfflineRun
@@ -14,7 +13,6 @@ from isomoe.bench.workload import BenchRequest, Prompt, Workload, arrivals, read
 __all__ = [
     "BenchRequest",
     "Endpoint",
-    "HttpClient",
     "Latency",
     "LoadPlan",
     "OfflineEngine",
@@ -26,7 +24,6 @@ __all__ = [
     "ServeReport",
     "Summary",
     "Target",
-    "Url",
     "Workload",
     "arrivals",
     "compare_offline",

@@ -9,10 +9,10 @@ from http import HTTPStatus
 from time import perf_counter
 from typing import Any
 
-from isomoe.bench.http import HttpClient, ResponseError
 from isomoe.bench.metrics import Outcome
 from isomoe.bench.sse import SseParser
 from isomoe.bench.workload import BenchRequest
+from isomoe.http import HttpClient, ResponseError
 
 
 class Endpoint(StrEnum):

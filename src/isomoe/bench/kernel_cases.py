@@ -15,6 +15,7 @@ from torch import Tensor
 from isomoe.blocks import Attention, SparseMoe
 from isomoe.errors import ConfigError
 from isomoe.kernels import (
+    CAUSAL,
     AttentionBatch,
     Heads,
     Routing,
@@ -50,11 +51,9 @@ class Sizes:
     """The sizes of a model that its kernels see on one rank of one."""
 
     hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    heads: Heads
     experts: int
-    top_k: int
+    routing: Routing
     width: int
     vocab: int
 
@@ -63,27 +62,46 @@ class Sizes:
         """Of a checkpoint with experts.
 
         Raises:
-            ConfigError: if no family runs it, or it has no experts.
+            ConfigError: if no family runs it, or its kernels are none of the cases.
         """
         model = build(config, Parallelism())
-        attn = model.layers[0].attn
-        if not isinstance(attn, Attention):
-            raise ConfigError("kernels are measured on models with grouped-query attention")
-        core = attn.core
+        kinds = {
+            layer.attn.core.heads if isinstance(layer.attn, Attention) else None
+            for layer in model.layers
+        }
+        heads = kinds.pop()
+        plain = heads and heads.qk_dim == heads.v_dim and heads.span == CAUSAL
+        if not heads or kinds or not plain:
+            raise ConfigError(
+                "kernels are measured on models with the same grouped-query attention over all "
+                "keys in every layer, and values of as many dims as keys"
+            )
         blocks = [block for layer in model.layers for block in layer.ffn]
         moe = next((block for block in blocks if isinstance(block, SparseMoe)), None)
         if moe is None:
             raise ConfigError("config.json: the model has no experts; kernels are measured on MoEs")
+        if moe.router.correction_from is not None or moe.routing.num_groups > 1:
+            raise ConfigError("kernels are not measured on routers with groups or correction bias")
+        if not moe.experts.form.is_plain:
+            raise ConfigError("kernels are measured on SwiGLU experts without biases")
         return cls(
             hidden=config["hidden_size"],
-            heads=core.heads.query,
-            kv_heads=core.heads.kv,
-            head_dim=core.heads.qk_dim,
+            heads=heads,
             experts=moe.num_experts,
-            top_k=moe.routing.top_k,
+            routing=moe.routing,
             width=moe.experts.intermediate_size,
             vocab=config["vocab_size"],
         )
+
+    @property
+    def qkv(self) -> int:
+        """Columns of queries, keys and values."""
+        return (self.heads.query + 2 * self.heads.kv) * self.heads.qk_dim
+
+    @property
+    def attended(self) -> int:
+        """Columns of what attention gives."""
+        return self.heads.query * self.heads.v_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,13 +229,12 @@ def _linear(outputs: Callable[[Sizes], int], inputs: Callable[[Sizes], int]) -> 
 
 def _route(at: Setting) -> Prepared:
     sizes = at.sizes
-    routing = Routing(top_k=sizes.top_k, renormalize=True)
-    inputs = [(at.normal(at.rows, sizes.experts), routing) for _ in range(at.copies)]
+    inputs = [(at.normal(at.rows, sizes.experts), sizes.routing) for _ in range(at.copies)]
     return Prepared(
         inputs=inputs,
         run=route,
         twin=plain_routing.route,
-        num_bytes=at.rows * (sizes.experts * at.dtype.itemsize + 8 * sizes.top_k),
+        num_bytes=at.rows * (sizes.experts * at.dtype.itemsize + 8 * sizes.routing.top_k),
     )
 
 
@@ -240,7 +257,7 @@ def _experts(at: Setting, run: Run) -> Prepared:
     inputs, distinct = [], 0
     for _ in range(at.copies):
         logits = torch.randn(at.rows, sizes.experts, device=at.device)
-        weights, ids = plain_routing.route(logits, Routing(top_k=sizes.top_k, renormalize=True))
+        weights, ids = plain_routing.route(logits, sizes.routing)
         distinct += int((torch.bincount(ids.flatten(), minlength=sizes.experts) > 0).sum())
         inputs.append((at.normal(at.rows, sizes.hidden), gate_up, down, ids.int(), weights))
     expert = 3 * sizes.hidden * sizes.width
@@ -250,7 +267,7 @@ def _experts(at: Setting, run: Run) -> Prepared:
         run=run,
         twin=_experts_twin,
         num_bytes=values * at.dtype.itemsize,
-        flops=2.0 * at.rows * sizes.top_k * expert,
+        flops=2.0 * at.rows * sizes.routing.top_k * expert,
     )
 
 
@@ -263,8 +280,8 @@ def _experts_twin(
 def _prepare_heads(at: Setting) -> Prepared:
     from isomoe.kernels.gpu.attention import prepare_heads
 
-    sizes = at.sizes
-    heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.head_dim
+    heads, row = at.sizes.heads, at.sizes.qkv
+    dim = heads.qk_dim
     cos, sin = rope_table(max(at.context, at.rows) + 1, dim, 1e6, at.device)
     norms = (at.normal(dim), at.normal(dim), _EPS)
     inputs: list[tuple[Any, ...]] = []
@@ -275,9 +292,7 @@ def _prepare_heads(at: Setting) -> Prepared:
             paged = _prefill_rows(at).paged
             longest = max(length for length, _ in paged.prefill_lens)
             cache = _cache(at, len(paged.prefill_lens), longest)
-        qkv = at.normal(at.rows, (heads + 2 * kv_heads) * dim)
-        inputs.append((qkv, _heads(sizes), norms, cos, sin, cache, paged))
-    row = (heads + 2 * kv_heads) * dim
+        inputs.append((at.normal(at.rows, row), heads, norms, cos, sin, cache, paged))
     return Prepared(
         inputs=inputs,
         run=_heads_with_cache(prepare_heads),
@@ -315,16 +330,6 @@ def _heads_twin(
     slots = pages * rows.page_size + positions % rows.page_size
     cache.flatten(0, 1).index_copy_(0, slots, torch.cat((k, value), 1).flatten(1))
     return q
-
-
-def _heads(sizes: Sizes) -> Heads:
-    return Heads(
-        query=sizes.heads,
-        kv=sizes.kv_heads,
-        qk_dim=sizes.head_dim,
-        v_dim=sizes.head_dim,
-        scale=sizes.head_dim**-0.5,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -393,7 +398,7 @@ def _tables(at: Setting, requests: int, tokens: int) -> Tensor:
 
 def _cache(at: Setting, requests: int, tokens: int | None = None) -> Tensor:
     pages = requests * -(-(at.context if tokens is None else tokens) // _PAGE)
-    return at.normal(pages, _PAGE, _heads(at.sizes).token_width)
+    return at.normal(pages, _PAGE, at.sizes.heads.token_width)
 
 
 def _paged_attention(
@@ -401,19 +406,18 @@ def _paged_attention(
 ) -> Prepared:
     from isomoe.kernels.gpu.attention import paged_attention
 
-    sizes, heads = at.sizes, _heads(at.sizes)
-    queries = at.rows * sizes.heads * sizes.head_dim
+    heads = at.sizes.heads
+    queries = at.rows * at.sizes.attended
     return Prepared(
         inputs=[
-            (at.normal(at.rows, sizes.heads, sizes.head_dim), cache, rows, heads)
-            for cache in caches
+            (at.normal(at.rows, heads.query, heads.qk_dim), cache, rows, heads) for cache in caches
         ],
         run=lambda q, cache, rows, heads: paged_attention(q, cache, rows.paged, heads),
         twin=lambda q, cache, rows, heads: plain_attention.paged_attention(
             q, cache, rows.plain, heads
         ),
-        num_bytes=(2 * keys * sizes.kv_heads * sizes.head_dim + 2 * queries) * at.dtype.itemsize,
-        flops=4.0 * pairs * sizes.heads * sizes.head_dim,
+        num_bytes=(keys * heads.token_width + 2 * queries) * at.dtype.itemsize,
+        flops=4.0 * pairs * at.sizes.attended,
     )
 
 
@@ -508,19 +512,14 @@ def _chosen_logprobs(at: Setting) -> Prepared:
 
 CASES: tuple[KernelCase, ...] = (
     KernelCase(name="add_rms_norm", prepare=_add_rms_norm),
-    KernelCase(
-        name="linear-qkv",
-        prepare=_linear(lambda s: (s.heads + 2 * s.kv_heads) * s.head_dim, lambda s: s.hidden),
-    ),
+    KernelCase(name="linear-qkv", prepare=_linear(lambda s: s.qkv, lambda s: s.hidden)),
     KernelCase(name="prepare_heads", prepare=_prepare_heads),
     KernelCase(name="paged_attention-decode", prepare=_decode_attention, most_rows=_SAMPLED_ROWS),
     KernelCase(name="paged_attention-prefill", prepare=_prefill_attention, least_rows=16),
     KernelCase(
         name="paged_attention-sdpa", prepare=_library_prefill, least_rows=16, is_library=True
     ),
-    KernelCase(
-        name="linear-o_proj", prepare=_linear(lambda s: s.hidden, lambda s: s.heads * s.head_dim)
-    ),
+    KernelCase(name="linear-o_proj", prepare=_linear(lambda s: s.hidden, lambda s: s.attended)),
     KernelCase(name="linear-router", prepare=_linear(lambda s: s.experts, lambda s: s.hidden)),
     KernelCase(name="route", prepare=_route),
     KernelCase(name="fused_experts", prepare=_fused_experts),

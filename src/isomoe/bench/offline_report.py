@@ -14,6 +14,7 @@ from isomoe.bench.floors import ModelCounts
 from isomoe.bench.offline_engine import ExpertCount
 from isomoe.bench.offline_workload import Floor, OfflineWorkload, Sample
 from isomoe.bench.profile import CATEGORIES, GAPS, Breakdown
+from isomoe.units import scaled
 
 _FILE_WIDTH = 160
 """Columns of the tables where the output is no terminal."""
@@ -216,14 +217,6 @@ def _counted(floor: Floor) -> str:
         f"{scaled(work.weight_bytes, 'B')} of weights, {scaled(work.kv_bytes, 'B')} of KV cache, "
         f"{scaled(work.flops, 'FLOP')}"
     )
-
-
-def scaled(value: float, unit: str) -> str:
-    """Three digits, such as 59.2 GB."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
 
 
 def shown(value: float) -> str:

@@ -149,11 +149,12 @@ class OfflineWorkload:
         """
         if self.figure.is_decode:
             # The row of output token j sees the prompt and j - 1 tokens, for j from 2 on.
-            contexts = [
-                before + after / 2
-                for before, after in zip(self.input_lens, self.output_lens, strict=True)
-            ]
-            work = counts.decode(contexts, experts)
+            work = Work.mean(
+                [
+                    counts.decode([before + number for before in self.input_lens], experts)
+                    for number in range(1, max(self.output_lens))
+                ]
+            )
             seconds = work.seconds(limits)
             is_time = self.figure is Figure.TOKEN_TIME
             value = 1e3 * seconds if is_time else self.num_requests / seconds

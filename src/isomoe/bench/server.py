@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from isomoe.bench.http import Url
 from isomoe.errors import EngineDeadError
+from isomoe.http import Url
 
 _STOP_SECONDS = 60.0
 

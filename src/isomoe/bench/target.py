@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from isomoe.bench.client import Endpoint, OpenAIClient
-from isomoe.bench.http import HttpClient, Response, ResponseError
 from isomoe.bench.workload import BenchRequest, Prompt
 from isomoe.errors import ConfigError
+from isomoe.http import HttpClient, Response, ResponseError
 
 _VOCAB_PAGES = ("/get_server_info", "/get_model_info", "/v1/models")
 _LEAST_VOCAB = 256

@@ -14,6 +14,7 @@ from isomoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from isomoe.bench.device import DeviceLimits
+    from isomoe.bench.floors import ModelCounts
     from isomoe.bench.offline_report import WorkloadResult
     from isomoe.bench.offline_workload import OfflineWorkload
     from isomoe.config import EngineConfig
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from isomoe.bench.device import measure_limits
+    from isomoe.bench.floors import ModelCounts
     from isomoe.bench.offline_engine import check_cache, check_context
     from isomoe.bench.offline_report import console, limits_line, print_tables
     from isomoe.bench.results import read_peers, write
@@ -119,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--trace: needs --profile-steps above 0")
     config = replace(engine_config_from(args), disable_radix_cache=True)
     info = ModelInfo.of(config)
+    counts = ModelCounts.of(info.hf_config, getattr(torch, info.dtype))
     workloads = _workloads(args, info.device)
     for workload in workloads:
         check_context(info, workload)
@@ -135,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
         for workload in workloads:
             check_cache(llm, workload)
         for workload in workloads:
-            results.append(_measure(args, llm, limits, workload, len(workloads) > 1))
-            document = _document(args, config, llm, limits, results, peers)
+            results.append(_measure(args, llm, counts, limits, workload, len(workloads) > 1))
+            document = _document(args, config, llm, counts, limits, results, peers)
             if args.json not in (None, "-"):
                 # After each workload, so that little is lost if a later one is cut short.
                 written = write(document, Path(args.json))
@@ -180,11 +183,11 @@ def _workloads(args: argparse.Namespace, device: str) -> "list[OfflineWorkload]"
 def _measure(
     args: argparse.Namespace,
     llm: "LLM",
+    counts: "ModelCounts",
     limits: "DeviceLimits",
     workload: "OfflineWorkload",
     several: bool,
 ) -> "WorkloadResult":
-    from isomoe.bench.floors import ModelCounts
     from isomoe.bench.offline_engine import count_experts, run_once, warm_up
     from isomoe.bench.offline_report import WorkloadResult, result_line
     from isomoe.bench.profile import profile_workload
@@ -206,7 +209,6 @@ def _measure(
                 "some steps of decode alone"
             )
     if llm.config.parallelism.tp_size == 1:
-        counts = ModelCounts.of(llm.info.hf_config, _dtype(llm))
         distinct = None if result.experts is None else result.experts.distinct
         result.floor = workload.floor(counts, limits, distinct)
     _say(result_line(result))
@@ -229,14 +231,13 @@ def _document(
     args: argparse.Namespace,
     config: "EngineConfig",
     llm: "LLM",
+    counts: "ModelCounts",
     limits: "DeviceLimits",
     results: "list[WorkloadResult]",
     peers: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    from isomoe.bench.floors import ModelCounts
     from isomoe.bench.results import conditions
 
-    counts = ModelCounts.of(llm.info.hf_config, _dtype(llm))
     return {
         **conditions("offline", "isomoe " + shlex.join(sys.argv[1:]), args.commit),
         "device": limits.to_json(),
@@ -257,12 +258,6 @@ def _document(
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Enums as text, so that any JSON reader takes them."""
     return json.loads(json.dumps(settings, default=str))  # type: ignore[no-any-return]
-
-
-def _dtype(llm: "LLM") -> Any:
-    import torch
-
-    return getattr(torch, llm.info.dtype)
 
 
 def _say(line: str) -> None:

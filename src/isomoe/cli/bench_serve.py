@@ -17,13 +17,11 @@ from isomoe import __version__
 from isomoe.bench import (
     BenchRequest,
     Endpoint,
-    HttpClient,
     LoadPlan,
     OfflineEngine,
     OfflineRun,
     ServeReport,
     Target,
-    Url,
     Workload,
     compare_offline,
     find_target,
@@ -41,6 +39,7 @@ from isomoe.cli.options import (
 from isomoe.cli.progress import progress_bar
 from isomoe.config import choice
 from isomoe.errors import ConfigError
+from isomoe.http import HttpClient, Url
 
 NAME = "serve"
 HELP = "Measure a server with OpenAI's API: time to first token, latencies, throughput."

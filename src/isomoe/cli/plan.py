@@ -3,19 +3,19 @@
 import argparse
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from isomoe.bench.offline_report import scaled
 from isomoe.cli.options import add_layout_options, add_model_option, layout_from
 from isomoe.errors import ConfigError
 from isomoe.layout import MACHINES, Mesh, Move, Plan, Regime, RegimePlan, make_plan, regimes
 from isomoe.layout.plan import Delivery, Route, Settle
-from isomoe.models import CausalLM, build, read_config
+from isomoe.models import build, read_config
+from isomoe.models.memory import RankMemory
+from isomoe.units import scaled
 from isomoe.weights import resolve
 
 _FILE_WIDTH = 150
@@ -61,51 +61,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankMemory:
-    """What a model keeps on the rank that keeps most of it: the first, with the biases.
-
-    Attributes:
-        dtype: of the config.json; bfloat16 where it names none. Quantised weights are kept in it.
-        weight_bytes: of all weights; some, such as a router's, may be fp32.
-        kv_bytes_per_token: in the caches of all layers, of one of its attention group's tokens.
-        state_bytes_per_request: in all layers with linear attention.
-    """
-
-    dtype: str
-    weight_bytes: int
-    kv_bytes_per_token: int
-    state_bytes_per_request: int
-
-    @classmethod
-    def of(cls, model: CausalLM) -> "RankMemory":
-        """That of a model on rank 0; its weights become meta tensors.
-
-        Raises:
-            ConfigError: if the config's dtype is none of torch's.
-        """
-        name = model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16"
-        dtype = getattr(torch, str(name), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ConfigError(f"config.json: dtype {name!r}; bfloat16 or float32 would work")
-        for leaf in model.leaves():
-            leaf.allocate(dtype, torch.device("meta"))
-        memories = model.memories()
-        return cls(
-            dtype=str(name),
-            weight_bytes=sum(kept.out.nbytes for kept in model.weight_slices()),
-            kv_bytes_per_token=sum(memory.cache_bytes_per_token(dtype) for memory in memories),
-            state_bytes_per_request=sum(memory.state_bytes() for memory in memories),
-        )
-
-    def __str__(self) -> str:
-        parts = [
-            f"{scaled(self.weight_bytes, 'B')} of weights",
-            f"{scaled(self.kv_bytes_per_token, 'B')} of KV cache a token",
-        ]
-        if self.state_bytes_per_request:
-            parts.append(f"{scaled(self.state_bytes_per_request, 'B')} of states a request")
-        return f"{', '.join(parts)} ({self.dtype})"
+def _memory_line(memory: RankMemory) -> str:
+    parts = [
+        f"{scaled(memory.weight_bytes, 'B')} of weights",
+        f"{scaled(memory.kv_bytes_per_token, 'B')} of KV cache a token",
+    ]
+    if memory.state_bytes_per_request:
+        parts.append(f"{scaled(memory.state_bytes_per_request, 'B')} of states a request")
+    return f"{', '.join(parts)} ({memory.dtype})"
 
 
 def _wanted(mesh: Mesh, rows: int | None) -> list[Regime]:
@@ -121,7 +84,7 @@ def _print(name: str, plan: Plan, memory: RankMemory, merge: bool) -> None:
     mesh = plan.mesh
     axes = " x ".join(map(str, mesh.axes)) or "1"
     console.print(f"[bold]{name}[/] on {mesh.parallelism}: {mesh.size} ranks, mesh {axes}")
-    console.print(f"memory of a rank: {memory}")
+    console.print(f"memory of a rank: {_memory_line(memory)}")
     groups = mesh.to_json()
     del groups["axes"]
     console.print(

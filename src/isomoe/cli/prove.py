@@ -12,8 +12,8 @@ from isomoe.cli.progress import progress_bar
 from isomoe.errors import ConfigError
 from isomoe.layout import Parallelism
 from isomoe.layout.parallelism import MAX_RANKS
-from isomoe.models import HFConfig, build, read_config
-from isomoe.prove import MUTANTS, Report, expressible, find_mutant, known_configs, prove_models
+from isomoe.models import HFConfig, build, known_configs, read_config
+from isomoe.prove import MUTANTS, Report, expressible, find_mutant, prove_models
 from isomoe.prove.corpus import ids_of
 from isomoe.weights import bundled_checkpoint, resolve
 

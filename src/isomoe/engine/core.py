@@ -1,5 +1,6 @@
 """The engine core: requests in, steps, tokens out."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,8 @@ from isomoe.engine.scheduler import Limits, Scheduler
 from isomoe.engine.step import MAX_SCORED_ROWS, GroupOutput, Request, Step
 from isomoe.layout import MACHINES, make_plan
 from isomoe.models import CausalLM, build
+
+_LOG = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -118,6 +121,8 @@ class EngineCore:
         chunk, most = config.prefill_limits(self.info.device)
         # A state cannot be cut back to a prefix.
         has_states = any(memory.state_bytes() for memory in model.memories())
+        if has_states and not config.disable_radix_cache:
+            _LOG.info("no prefixes are cached: linear attention keeps a state, not pages")
         return Limits(
             attn_dp_size=config.parallelism.attn_dp_size,
             num_pages=pages,

@@ -6,6 +6,10 @@ final once they have run with its final tokens: those of the prompt's whole bloc
 those of a generated block one step after its last mask has gone, beside the first step of the next
 block. What is left of the prompt opens the first block.
 
+Compared with the published loops is greedy decoding alone. Above temperature 0 a candidate is drawn
+from what temperature, top-k, top-p and min-p leave; its confidence is still its probability in the
+model's own logits, as its logprob is.
+
 Sources: Arriola et al., Block Diffusion (2025); SGLang's LowConfidence; the loops published with
 LLaDA2.0 and SDAR. No torch, no model.
 """

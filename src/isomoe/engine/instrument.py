@@ -64,6 +64,8 @@ def _load(part: str) -> Instrument:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"instrument {path!r}: {error}") from None
     if equals:
+        if not callable(found):
+            raise ConfigError(f"instrument {path!r}: takes no ={argument}; {path} alone would work")
         found = found(argument)
     for method in ("in_chain", "in_model", "in_stream"):
         if not callable(getattr(found, method, None)):

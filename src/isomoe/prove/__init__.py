@@ -1,6 +1,6 @@
 """The proof: real models, streams and plans on simulated ranks, with provenance for numbers."""
 
-from isomoe.prove.campaign import Report, expressible, known_configs, prove_models
+from isomoe.prove.campaign import Report, expressible, prove_models
 from isomoe.prove.finding import Finding, Stats
 from isomoe.prove.mutants import MUTANTS, Mutant, find_mutant
 
@@ -12,6 +12,5 @@ __all__ = [
     "Stats",
     "expressible",
     "find_mutant",
-    "known_configs",
     "prove_models",
 ]

@@ -5,15 +5,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from importlib import resources
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
 from isomoe.layout import Parallelism
 from isomoe.layout.parallelism import divisors
-from isomoe.models import HFConfig, family_of, layouts, read_config
+from isomoe.models import HFConfig, family_of, layouts
 from isomoe.prove.finding import Finding, Stats
 from isomoe.prove.mutants import find_mutant
 from isomoe.prove.runner import prove
@@ -30,16 +28,6 @@ class Report:
     stats: Stats
     finding: Finding | None
     models: int
-
-
-def known_configs() -> dict[str, HFConfig]:
-    """The config.json of every model that ships with the package, by name."""
-    folder = resources.files("isomoe") / "models" / "configs"
-    found = {}
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".json"):
-            found[entry.name.removesuffix(".json")] = read_config(Path(str(entry)))
-    return found
 
 
 def prove_models(

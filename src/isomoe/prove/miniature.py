@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from isomoe.layout import Parallelism
-from isomoe.models import HFConfig, build, read_config
-from isomoe.prove.campaign import known_configs
+from isomoe.models import HFConfig, build, known_configs, read_config
 from isomoe.weights import bundled_checkpoint
 
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
