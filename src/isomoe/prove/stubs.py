@@ -120,8 +120,10 @@ class RankStubs:
             if x.shape != view.rows.shape:
                 what = f"{len(x)} rows instead of {len(view.rows)}"
                 raise Violation(name, what, read, self.rank, None)
-            if self.stop_at is not None and self.stop_at[0] == read:
-                place = view.numbers.index(self.stop_at[1])
+            # A row that this rank does not hold here went wrong on its way to a block.
+            stop_read, stop_row = self.stop_at or (None, None)
+            if stop_read == read and stop_row in view.numbers:
+                place = view.numbers.index(stop_row)
                 raise Counted(int(x[place, 1]), int(view.rows[place, 1]))
             self._compare(x, view, name, read)
             tags = view.tags if self.tickets.counting is None else self.tickets.tag(x)
