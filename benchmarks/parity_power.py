@@ -10,7 +10,6 @@ again.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,11 @@ from isomoe.config import DType, EngineConfig
 from isomoe.engine.model_info import ModelInfo
 from isomoe.parity.compare import compare
 from isomoe.parity.evidence import Half, Move, samples, shift_moves, shift_of
+from isomoe.parity.measure import Workload, record
 from isomoe.parity.noise import Noise
 from isomoe.parity.probe import Scale
-from isomoe.parity.run import ALONE, PAIRS, TOGETHER, Prompt, Run
+from isomoe.parity.prompts import DEFAULT_COUNT, questions
+from isomoe.parity.run import Run
 from isomoe.parity.student import exceeds
 from isomoe.parity.targets.engine import EngineTarget
 from isomoe.parity.thresholds import Thresholds
@@ -38,9 +39,8 @@ OFF = "tp2,dp2"
 BLOCKS = [
     f"model.layers.{layer}.{block}" for layer in range(4) for block in ("mlp.experts", "self_attn")
 ]
-SIZES = (15, 30, 60, 90, 120)
+SIZES = (8, 15, 30, 60, 90, 120)
 MAX_TOKENS = 100
-TOP = 5
 
 
 @contextmanager
@@ -48,58 +48,34 @@ def quiet(_: str) -> Iterator[None]:
     yield None
 
 
-def questions(info: ModelInfo, count: int) -> tuple[Prompt, ...]:
-    """Held-out questions with long reference answers, evenly drawn from the file."""
-    tokenizer = Tokenizer(info.folder)
-    problems = map(json.loads, (info.folder / "heldout.jsonl").read_text().splitlines())
-    long = [p["question"] for p in problems if 59 <= len(tokenizer.encode(" " + p["answer"])) < 100]
-    return tuple(
-        Prompt(tuple(tokenizer.encode(f"Question: {question}\nAnswer:")), question)
-        for question in long[:: max(1, len(long) // count)][:count]
-    )
-
-
 class Recorder:
-    """Runs of one dtype, from a folder or made now."""
+    """Runs of one dtype, asked as `isomoe parity` asks: from a folder or made now."""
 
     def __init__(self, folder: Path, dtype: str, count: int) -> None:
         self._folder = folder
         self._dtype = dtype
         self._config = EngineConfig(dtype=DType(dtype))
         self._info = ModelInfo.of(self._config)
-        self._prompts = questions(self._info, count)
-        self.baseline = self.run(BASELINE)
+        encode = Tokenizer(self._info.folder).encode
+        prompts = questions(self._info.folder / "heldout.jsonl", encode, count).prompts
+        self._work = Workload(prompts=prompts, max_tokens=MAX_TOKENS)
+        self.baseline = self._run(BASELINE, None, None)
 
     def run(self, layout: str, probe: Scale | None = None) -> Run:
+        """A layout's, with a block that is off or without."""
+        return self._run(layout, probe, self.baseline)
+
+    def _run(self, layout: str, probe: Scale | None, baseline: Run | None) -> Run:
         name = f"{layout}+{probe.block}x{probe.factor}" if probe else layout
-        file = self._folder / f"{self._dtype}-{len(self._prompts)}-{name}.json"
+        file = self._folder / f"{self._dtype}-{len(self._work.prompts)}-{name}.json"
         if file.is_file():
             return Run.load(file)
         config = replace(self._config, instrument=probe.path if probe else None)
         target = EngineTarget(layout, config, self._info, quiet)
-        is_baseline = layout == BASELINE
-        with target:
-            texts = target.generate(
-                self._prompts,
-                max_tokens=MAX_TOKENS,
-                ignore_eos=False,
-                top=TOP,
-                composition=TOGETHER,
-            )
-            given = texts if is_baseline else self.baseline.outputs
-            scored = {
-                how.name: tuple(target.score(self._prompts, given, top=TOP, composition=how))
-                for how in ((TOGETHER, ALONE, PAIRS) if is_baseline else (TOGETHER,))
-            }
-        run = Run(
-            name=name,
-            dialect=target.dialect,
-            facts=target.facts(),
-            prompts=self._prompts,
-            outputs=tuple(texts),
-            scores=scored.pop(TOGETHER.name),
-            again=scored,
-        )
+        found = record(target, self._work, reference=baseline, stage=quiet)
+        if found.error is not None:
+            raise SystemExit(f"{name}: {found.error}")
+        run = replace(found, name=name)
         run.save(file)
         return run
 
@@ -186,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--prompts", type=int, default=120, metavar="M")
+    parser.add_argument("--prompts", type=int, default=DEFAULT_COUNT, metavar="M")
     parser.add_argument("--draws", type=int, default=50, help="subsets of each size")
     parser.add_argument("--null-draws", type=int, default=10_000, help="of the calibration")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from random import Random
 
@@ -94,3 +95,13 @@ def baseline_run(**changes: object) -> Run:
     """A baseline with rounding noise of 0.01 nats in every logit."""
     settings: dict[str, object] = {"again": gaussian(ROUNDING), **changes}
     return noisy_run("baseline", gaussian(ROUNDING), 1, **settings)  # type: ignore[arg-type]
+
+
+def parted(run: Run, at: int, logprob_of_other: float) -> Run:
+    """The run, choosing another token in one place of every output, as far off as given."""
+    outputs = []
+    for text in run.outputs:
+        place = text[at]
+        other = Candidate(999, None, logprob_of_other)
+        outputs.append((*text[:at], Place(other, (other, place.token)), *text[at + 1 :]))
+    return replace(run, outputs=tuple(outputs))

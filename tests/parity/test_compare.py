@@ -9,7 +9,7 @@ import pytest
 from isomoe.errors import ConfigError
 from isomoe.parity.compare import Summary, common_prefix, compare, divergence
 from isomoe.parity.run import Candidate, Place, Prompt, Run, Text
-from isomoe.parity.words import in_words, tells_only_texts
+from isomoe.parity.words import in_words
 
 OTHER = 99
 """A token that is every place's second candidate."""
@@ -205,8 +205,6 @@ def test_a_file_that_is_no_run_is_refused(tmp_path: Path, content: str, message:
 
 def test_runs_of_texts_alone_are_compared_word_by_word() -> None:
     whole = run((Place(Candidate(None, "one two", math.nan)),))
-    assert tells_only_texts(whole)
-    assert not tells_only_texts(BASE)
     names = {1: "one", 2: " two", 3: " three"}
     ours = in_words(run(output(1, 2, 3)), lambda ids: "".join(names[token] for token in ids))
     found = compare(ours, in_words(whole, None))

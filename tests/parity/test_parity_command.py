@@ -10,9 +10,10 @@ import pytest
 
 from isomoe.cli.main import main
 from isomoe.errors import ConfigError
+from isomoe.models import known_configs
 from isomoe.parity.inject import injectable, instrument_of
 from isomoe.parity.targets.base import TargetError
-from isomoe.prove import MUTANTS, known_configs
+from isomoe.prove import MUTANTS
 from support import save_random, tiny_config
 
 FEW = ("--random-prompts", "12", "--max-tokens", "8")
@@ -95,6 +96,9 @@ def test_the_layouts_flag_and_an_injected_defect_are_taken_as_before(
         (("tp1", "file:nowhere.json"), "file:nowhere.json: not readable"),
         (("tp1", "tp1", "--max-tokens", "0"), "--max-tokens 0"),
         (("tp1", "tp1", "--num-prompts", "0"), "--num-prompts 0"),
+        (("tp1", "tp1", "--top", "-1"), "--top -1"),
+        (("tp1", "tp1", "--num-prompts", "3", "--random-prompts", "3"), "give one of them"),
+        (("tp1", "http://a:s3cret@h", "--inject", "scale-twice"), "***@h is no layout"),
         (("tp1", "tp1", "--max-delta", "-1"), "max -1.0: must be at least 0"),
         (("tp1", "tp1", "--thresholds", "nowhere"), "--thresholds nowhere: not readable"),
         (("tp1", "tp1", "--prompts", "nowhere"), "--prompts nowhere: not readable"),
@@ -117,9 +121,11 @@ def test_wrong_use_is_one_line_and_exit_2_before_anything_runs(
     assert said.out == ""
     assert message in said.err
     assert said.err.count("\n") == 1
+    assert "s3cret" not in said.err
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_saved_run_of_a_defect_may_be_the_baseline(folder: Path, tmp_path: Path) -> None:
     """Its name has a plus in it, which is no defect here."""
     words = ("tp1", "tp1+scale-twice", *FEW, "--out", str(tmp_path / "a"))

@@ -3,7 +3,6 @@
 The layouts are started once each and asked everything; the prompts are then judged in groups.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +13,11 @@ import pytest
 from isomoe.config import DType, EngineConfig
 from isomoe.engine.model_info import ModelInfo
 from isomoe.parity.compare import compare
+from isomoe.parity.measure import Workload, record
 from isomoe.parity.noise import Noise
 from isomoe.parity.probe import Scale
-from isomoe.parity.run import ALONE, PAIRS, TOGETHER, Prompt, Run, Text
+from isomoe.parity.prompts import questions, random_ids
+from isomoe.parity.run import Run, Text
 from isomoe.parity.targets.engine import EngineTarget
 from isomoe.parity.verdict import Verdict, judge
 from isomoe.tokenizer import Tokenizer
@@ -24,7 +25,6 @@ from isomoe.tokenizer import Tokenizer
 BASELINE = "tp2"
 LAYOUTS = ("tp1", "tp2,dp2", "tp2,ep2", "tp2,dp2,ep2", "tp4,dp2,ep4")
 QUESTIONS, RANDOM_PROMPTS = 240, 60
-MAX_TOKENS = 48
 GROUP = 12
 DRAWS = 15
 DRAWN = 100
@@ -35,57 +35,40 @@ def quiet(_: str) -> Iterator[None]:
     yield None
 
 
-def prompts_of(info: ModelInfo) -> tuple[Prompt, ...]:
-    """Held-out questions, and random ids, on which a model is far from sure."""
-    tokenizer, random = Tokenizer(info.folder), Random(3)
-    lines = (info.folder / "heldout.jsonl").read_text().splitlines()[:QUESTIONS]
-    questions = [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines]
-    return (
-        *(Prompt(tuple(tokenizer.encode(question)), question) for question in questions),
-        *(
-            Prompt(tuple(random.randrange(info.vocab_size) for _ in range(random.randint(8, 48))))
-            for _ in range(RANDOM_PROMPTS)
-        ),
-    )
+def work_of(info: ModelInfo) -> Workload:
+    """Held-out questions, and random ids, on which a model is far from sure; some of both alone."""
+    encode = Tokenizer(info.folder).encode
+    prompts = [
+        *questions(info.folder / "heldout.jsonl", encode, QUESTIONS).prompts,
+        *random_ids(RANDOM_PROMPTS, info.vocab_size, seed=3).prompts,
+    ]
+    Random(5).shuffle(prompts)
+    return Workload(prompts=tuple(prompts), max_tokens=48)
 
 
-def record(layout: str, dtype: DType, baseline: Run | None, probe: Scale | None = None) -> Run:
+def recorded(layout: str, dtype: DType, baseline: Run | None, probe: Scale | None = None) -> Run:
     config = EngineConfig(dtype=dtype, instrument=None if probe is None else probe.path)
     info = ModelInfo.of(config)
-    prompts = prompts_of(info)
     target = EngineTarget(layout, config, info, quiet)
-    with target:
-        outputs = target.generate(
-            prompts, max_tokens=MAX_TOKENS, ignore_eos=False, top=5, composition=TOGETHER
-        )
-        given = outputs if baseline is None else baseline.outputs
-        compositions = (TOGETHER, ALONE, PAIRS) if baseline is None else (TOGETHER,)
-        scored = {
-            how.name: tuple(target.score(prompts, given, top=5, composition=how))
-            for how in compositions
-        }
-    return Run(
-        name=target.name,
-        dialect=target.dialect,
-        facts=target.facts(),
-        prompts=prompts,
-        outputs=tuple(outputs),
-        scores=scored.pop(TOGETHER.name),
-        again=scored,
-    )
+    return record(target, work_of(info), reference=baseline, stage=quiet)
 
 
 def part(run: Run, chosen: Sequence[int]) -> Run:
+    """What it says of some of the prompts."""
+
     def some(texts: Sequence[Text]) -> tuple[Text, ...]:
         return tuple(texts[index] for index in chosen)
 
     assert run.scores is not None
+    assert run.alone is not None
+    first = len(run.prompts) - run.alone
     return replace(
         run,
         prompts=tuple(run.prompts[index] for index in chosen),
         outputs=some(run.outputs),
         scores=some(run.scores),
         again={name: some(texts) for name, texts in run.again.items()},
+        alone=sum(index >= first for index in chosen),
     )
 
 
@@ -93,23 +76,25 @@ def groups() -> list[list[int]]:
     """Groups of a dozen that share no prompt, and larger ones drawn from all."""
     total, random = QUESTIONS + RANDOM_PROMPTS, Random(11)
     apart = [list(range(start, start + GROUP)) for start in range(0, total, GROUP)]
-    return [*apart, *(random.sample(range(total), DRAWN) for _ in range(DRAWS))]
+    return [*apart, *(sorted(random.sample(range(total), DRAWN)) for _ in range(DRAWS))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT32])
 def test_no_false_alarm_in_200_clean_comparisons(dtype: DType) -> None:
-    baseline = record(BASELINE, dtype, None)
+    baseline = recorded(BASELINE, dtype, None)
     ours = [part(baseline, chosen) for chosen in groups()]
     floors = [Noise.of(run) for run in ours]
     judged = 0
     for layout in LAYOUTS:
-        other = record(layout, dtype, baseline)
+        other = recorded(layout, dtype, baseline)
         for chosen, run, noise in zip(groups(), ours, floors, strict=True):
             found = judge(compare(run, part(other, chosen)), noise)
             assert found.verdict in (Verdict.AGREES, Verdict.IDENTICAL), (layout, chosen, found)
             judged += 1
     assert judged == 200
-    off = record("tp2,dp2", dtype, baseline, Scale(block="model.layers.2.mlp.experts", factor=1.1))
+    off = recorded(
+        "tp2,dp2", dtype, baseline, Scale(block="model.layers.2.mlp.experts", factor=1.1)
+    )
     found = judge(compare(baseline, off), Noise.of(baseline))
     assert found.verdict is Verdict.DIFFERS  # so the silence above is not deafness

@@ -83,6 +83,12 @@ def test_a_decode_that_is_not_the_prefill_is_named_and_does_not_widen_the_floor(
     assert noise.sources[DECODE].mean > 10 * noise.sources["alone"].mean
 
 
+def test_that_a_decode_is_not_the_prefill_is_said_where_the_floor_is_assumed_too() -> None:
+    noise = Noise.of(noisy_run("it", silent, 1, again=silent, decode=gaussian(3.0)))
+    assert "decode is" in noise.notes[0]
+    assert "the floor is assumed" in noise.notes[1]
+
+
 def test_where_batches_move_next_to_nothing_decode_is_the_floor() -> None:
     """As on a GPU: one prompt was computed otherwise, all others are the same bits."""
 

@@ -89,3 +89,18 @@ def test_random_prompts_depend_on_the_seed_alone() -> None:
     assert all(0 <= token < 131 for token in tokens)
     with pytest.raises(ConfigError, match="--random-prompts 0"):
         random_ids(0, 131, 7)
+
+
+def test_a_file_of_another_editor_has_the_same_lines(tmp_path: Path) -> None:
+    """A byte order mark is no text, and only a line end ends a line."""
+    file = tmp_path / "prompts"
+    file.write_bytes('\ufeff{"prompt": "a"}\r\none\u2028two\n'.encode())
+    assert [prompt.text for prompt in from_file(str(file)).prompts] == ["a", "one\u2028two"]
+
+
+@pytest.mark.parametrize("line", ["no json", "[]", "7", '{"question": "a"}', '{"answer": ["b"]}'])
+def test_a_held_out_set_of_another_form_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "heldout.jsonl"
+    file.write_text(f"\n{line}\n")
+    with pytest.raises(ConfigError, match=r"heldout.jsonl, line 2: is no object with the texts"):
+        questions(file, TOKENIZER.encode, 1)

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mutants",
         action="store_true",
-        help="instead of comparing: plant every known defect, and print who sees it (minutes)",
+        help="instead of comparing: plant every known defect, and print who sees it (an hour)",
     )
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="with --mutants: these defects alone"
@@ -174,12 +174,13 @@ def run(args: argparse.Namespace) -> int:
     if args.only:
         raise ConfigError("--only: is for --mutants")
 
+    from isomoe.parity.files import write_atomically
     from isomoe.parity.report import document, print_report, write_page
 
     session = _session(args)
     report = session.measure()
     text = json.dumps(document(report), allow_nan=False)
-    (session.folder / "report.json").write_text(text, encoding="utf-8")
+    write_atomically(session.folder / "report.json", text)
     decode = None if session.tokenizer is None else lambda token: session.decode((token,))
     write_page(report, session.folder / "report.html", decode)
     if args.json:
@@ -268,11 +269,11 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
     if args.inject is None:
         return names
 
-    from isomoe.parity.targets.parse import is_layout
+    from isomoe.parity.targets.parse import is_layout, shown
 
     for name in names[1:]:
         if not is_layout(name):
-            raise ConfigError(f"--inject {args.inject}: {name} is no layout of this engine")
+            raise ConfigError(f"--inject {args.inject}: {shown(name)} is no layout of this engine")
         if "+" in name:
             raise ConfigError(f"--inject {args.inject}: {name} has a defect already; one at a time")
     return (*names[:1], *(f"{name}+{args.inject}" for name in names[1:]))

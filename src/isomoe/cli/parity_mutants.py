@@ -113,6 +113,8 @@ def _print(rows: Sequence["Row"], is_whole: bool) -> None:
     for row in rows:
         if row.why:
             console.print(f"{row.mutant.name}: {row.verdict}: {row.why}", soft_wrap=True)
+        if row.broke:
+            console.print(f"{row.mutant.name}: not bisected: {row.broke}", soft_wrap=True)
     if is_whole:
         _print_others(console)
 
@@ -120,6 +122,8 @@ def _print(rows: Sequence["Row"], is_whole: bool) -> None:
 def _named(row: "Row") -> str:
     if not row.changes_numbers:
         return ""
+    if row.broke:
+        return "broke"
     found = row.named or "nothing"
     return found if row.block_is_right else f"{found}, not {row.mutant.block}"
 

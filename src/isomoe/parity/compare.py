@@ -248,10 +248,9 @@ _ROUNDING = 1e-6
 def _compare_prompt(baseline: Run, other: Run, index: int) -> PromptComparison:
     ours, theirs = baseline.outputs[index], other.outputs[index]
     shared = common_prefix(ours, theirs)
+    gives = baseline.gives_logprobs and other.gives_logprobs
     free = tuple(
-        theirs[place].logprob - ours[place].logprob
-        for place in range(shared)
-        if not (math.isnan(ours[place].logprob) or math.isnan(theirs[place].logprob))
+        theirs[place].logprob - ours[place].logprob for place in range(shared if gives else 0)
     )
     same = shared == len(ours) == len(theirs)
     forced = None

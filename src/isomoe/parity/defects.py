@@ -7,10 +7,13 @@ from pathlib import Path
 from random import Random
 
 from isomoe.config import Device, DType, EngineConfig
+from isomoe.engine import LLM
 from isomoe.engine.model_info import ModelInfo
-from isomoe.errors import IsomoeError
+from isomoe.errors import IsomoeError, PlacementError
+from isomoe.layout import Parallelism
 from isomoe.parity.bisect import Side, bisect, side_of
 from isomoe.parity.compare import compare
+from isomoe.parity.inject import instrument_of
 from isomoe.parity.measure import Workload, record
 from isomoe.parity.noise import Noise
 from isomoe.parity.prompts import DEFAULT_COUNT, questions, random_ids
@@ -18,7 +21,7 @@ from isomoe.parity.run import Ids, Run
 from isomoe.parity.targets.base import Stage
 from isomoe.parity.targets.engine import EngineTarget
 from isomoe.parity.verdict import Verdict, judge
-from isomoe.prove.corpus import ids_of
+from isomoe.prove.corpus import Level, ids_of
 from isomoe.prove.levels import Levels, levels
 from isomoe.prove.miniature import checkpoint
 from isomoe.prove.mutants import Mutant
@@ -38,8 +41,18 @@ class Outcome(StrEnum):
     DIED = "does not end"
     """The ranks stop with an error that names one of them."""
     REFUSED = "refused"
-    """Before a step runs."""
+    """The engine does not start."""
+    NOT_COMPARED = "not compared"
+    """The run ends, and nothing is concluded from it."""
     NOT_RUN = "not run"
+
+
+_OUTCOMES = {
+    Verdict.DIFFERS: Outcome.CAUGHT,
+    Verdict.AGREES: Outcome.MISSED,
+    Verdict.IDENTICAL: Outcome.UNCHANGED,
+    Verdict.NOT_COMPARED: Outcome.NOT_COMPARED,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +65,7 @@ class Row:
         verdict: of the default comparison, the clean layout against the broken one.
         effect: how many times the noise floor its deltas are; None where not measured.
         named: the block that the bisection names; None where it did not run or names none.
+        broke: why the bisection came to no end; empty if it did, or did not run.
         why: of a verdict that is not about numbers.
     """
 
@@ -61,6 +75,7 @@ class Row:
     verdict: Outcome
     effect: float | None = None
     named: str | None = None
+    broke: str = ""
     why: str = ""
 
     @property
@@ -75,11 +90,17 @@ class Row:
 
     @property
     def is_caught(self) -> bool:
-        """Whether every level sees it that ought to."""
-        expected = {str(level) for level in self.seen.expected}
-        without_numbers = self.seen.type_check or self.seen.proof
-        proven = without_numbers or expected == {"num"}
-        return proven and self.verdict is not Outcome.MISSED
+        """Whether every level sees it that ought to.
+
+        What does not run, or changes no number, is for the proof alone to see.
+        """
+        if self.verdict in (Outcome.MISSED, Outcome.NOT_COMPARED):
+            return False
+        if self.seen.expected == (Level.NUM,):
+            return self.verdict in (Outcome.CAUGHT, Outcome.DIED)
+        if self.verdict is Outcome.UNCHANGED and Level.NUM in self.seen.expected:
+            return False
+        return self.seen.type_check or self.seen.proof
 
     def to_json(self) -> dict[str, object]:
         """Plain data."""
@@ -97,6 +118,7 @@ class Row:
             "effect": self.effect,
             "block": self.mutant.block,
             "bisect_names": self.named,
+            "bisect_error": self.broke,
             "why": self.why,
             "caught": self.is_caught,
         }
@@ -134,8 +156,9 @@ def _row(mutant: Mutant, bench: "_Bench") -> Row:
     )
     if mutant.engine_refusal is not None:
         return replace(row, why=mutant.engine_refusal)
-    if row.seen.type_check:
-        return replace(row, verdict=Outcome.REFUSED, why=str(row.seen.finding))
+    refusal = bench.refusal(mutant) if row.seen.type_check else None
+    if refusal is not None:
+        return replace(row, verdict=Outcome.REFUSED, why=refusal)
     return bench.run(row)
 
 
@@ -161,6 +184,21 @@ class _Bench:
         self._noise: Noise | None = None
         self._side: Side | None = None
 
+    def refusal(self, mutant: Mutant) -> str | None:
+        """What the engine says where it does not start with a mutant; None if it starts."""
+        config = replace(
+            self.config,
+            parallelism=Parallelism.parse(self.layout),
+            instrument=instrument_of(mutant.name, self.info.hf_config),
+        )
+        try:
+            with LLM.from_config(config):
+                return None
+        except PlacementError as error:
+            return str(error)
+        except IsomoeError:  # how it ends, the run says
+            return None
+
     def run(self, row: Row) -> Row:
         """The verdict on a mutant, and the block that the bisection names."""
         if self._baseline is None or self._noise is None:
@@ -173,12 +211,11 @@ class _Bench:
             return replace(row, verdict=Outcome.DIED, why=broken.error)
         compared = compare(self._baseline, broken)
         judged = judge(compared, self._noise)
-        verdict = {
-            Verdict.DIFFERS: Outcome.CAUGHT,
-            Verdict.IDENTICAL: Outcome.UNCHANGED,
-        }.get(judged.verdict, Outcome.MISSED)
+        verdict = _OUTCOMES[judged.verdict]
+        if verdict is Outcome.NOT_COMPARED:
+            return replace(row, verdict=verdict, why="; ".join(judged.reasons))
         row = replace(row, verdict=verdict, effect=judged.effect)
-        return replace(row, named=self._bisected(row.mutant)) if row.changes_numbers else row
+        return self._bisected(row) if row.changes_numbers else row
 
     def _target(self, mutant: Mutant | None = None) -> EngineTarget:
         return EngineTarget(self._name(mutant), self.config, self.info, self.stage)
@@ -186,15 +223,15 @@ class _Bench:
     def _name(self, mutant: Mutant | None) -> str:
         return self.layout if mutant is None else f"{self.layout}+{mutant.name}"
 
-    def _bisected(self, mutant: Mutant) -> str | None:
+    def _bisected(self, row: Row) -> Row:
         if self._side is None:
             self._side = side_of("tp1", self.config, self.info, self.stage)
-        other = side_of(self._name(mutant), self.config, self.info, self.stage)
+        other = side_of(self._name(row.mutant), self.config, self.info, self.stage)
         try:
             culprit = bisect(self._side, other, _texts(self.info.vocab_size)).culprit
-        except IsomoeError:
-            return None
-        return None if culprit is None else culprit.block_kind
+        except IsomoeError as error:
+            return replace(row, broke=str(error))
+        return row if culprit is None else replace(row, named=culprit.block_kind)
 
 
 def _texts(vocab_size: int) -> list[Ids]:

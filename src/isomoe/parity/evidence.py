@@ -3,7 +3,8 @@
 Each gives the chance that a target which is the same model looks so. They look for different
 things: `scale` for deltas that are larger than the floor on the whole, `shift` for deltas that are
 no larger but the same for a token wherever it stands, `outliers` for a few tokens in many prompts,
-`one_prompt` for one prompt that is wrong from end to end. docs/parity.md has the reasons.
+`one_prompt` for one prompt that is wrong from end to end, `partings` for outputs that part where
+neither run was near a tie. docs/parity.md has the reasons.
 """
 
 import math
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
-from isomoe.parity.compare import Comparison, FirstDifference
-from isomoe.parity.noise import QUANTUM, Noise, delta_pairs
+from isomoe.parity.compare import Comparison
+from isomoe.parity.noise import QUANTUM, Noise, delta_pairs, doubt
 from isomoe.parity.run import Candidate, Place
 from isomoe.parity.student import exceeds
 
@@ -24,7 +25,8 @@ BLOCK = 4
 FEWEST_PROMPTS = 8
 """With fewer, a direction learnt from some prompts says little of the others."""
 WHOLE = 2.5
-"""How many times the margin one prompt may be: a near tie in routing may turn a whole prompt."""
+"""How many times the margin one prompt may be: a near tie in routing may turn a whole prompt. And
+partings, which are where the noise was large: on random ids, 2.7 to 3.6 times that of a logit."""
 SHIFT_MARGIN = 0.1
 """Standard deviations of a prompt. Prompts that are alike are rounded alike, a little."""
 
@@ -36,6 +38,13 @@ class Half(StrEnum):
     FREE = "free-running"
 
 
+class Part(StrEnum):
+    """Which prompts a test looks at."""
+
+    ALL = "all prompts"
+    ALONE = "prompts sent one at a time"
+
+
 class Kind(StrEnum):
     """What a test looks for."""
 
@@ -43,6 +52,7 @@ class Kind(StrEnum):
     SHIFT = "shift"
     OUTLIERS = "outliers"
     ONE_PROMPT = "one prompt"
+    PARTINGS = "partings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +60,8 @@ class Test:
     """What one test found.
 
     Attributes:
-        effect: in the test's own measure: times the floor (scale, one prompt), standard deviations
-            of a prompt (shift), prompts (outliers).
+        effect: in the test's own measure: times the floor (scale, one prompt, partings), standard
+            deviations of a prompt (shift), prompts (outliers).
         chance: that a target which is the same model looks so in this test.
         says: the finding as a sentence without its end.
     """
@@ -63,6 +73,7 @@ class Test:
     effect: float
     chance: float
     says: str
+    part: Part = Part.ALL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +86,7 @@ class Sample:
         floors: ln of the floor of each place, in nats.
         maxima: the largest |delta| of each source of the floor.
         gap: half of how far the log-odds of the two choices moved where the outputs part.
+        logit: ln of the noise of a logit, in nats.
     """
 
     prompt: int
@@ -82,6 +94,7 @@ class Sample:
     floors: tuple[float, ...]
     maxima: tuple[float, ...]
     gap: float = 0.0
+    logit: float = 0.0
 
     @property
     def deltas(self) -> list[float]:
@@ -113,11 +126,11 @@ def samples(comparison: Comparison, noise: Noise, half: Half) -> list[Sample]:
             continue
         gap = 0.0
         if half is Half.FREE:
-            pairs = delta_pairs(ours.outputs[index], theirs.outputs[index])
-            if prompt.first_difference is not None:
-                place = prompt.first_difference.place
-                top = ours.outputs[index][place].top if place < len(ours.outputs[index]) else ()
-                gap = _gap(prompt.first_difference, top[-1].logprob if top else None)
+            our, their = ours.outputs[index], theirs.outputs[index]
+            pairs = delta_pairs(our, their)
+            place = prompt.common_prefix
+            if place < min(len(our), len(their)):
+                gap = _gap(our[place], their[place])
         elif ours.scores is not None and theirs.scores is not None:
             pairs = list(zip(ours.scores[index], theirs.scores[index], strict=True))
         else:
@@ -135,29 +148,35 @@ def samples(comparison: Comparison, noise: Noise, half: Half) -> list[Sample]:
                     floors=tuple(floor for _, floor in finite),
                     maxima=noise.maxima[index],
                     gap=gap,
+                    logit=noise.logits[index],
                 )
             )
     return found
 
 
-def _gap(parting: FirstDifference, least_of_top: float | None) -> float:
-    """Half of the nats by which the odds of the two choices moved; 0 where it is not known.
+def _gap(ours: Place, theirs: Place) -> float:
+    """Half of the nats by which the odds of two choices moved, at least; 0 where it is not known.
 
-    Half, because both log-probabilities move. A choice that the baseline does not list is at most
-    as likely as the last one that it lists.
+    Half, because both log-probabilities move.
     """
-    ours, theirs = parting.baseline, parting.other
-    if ours is None or theirs is None or not _are_comparable(ours, theirs):
+    if not _are_comparable(ours.token, theirs.token):
         return 0.0
-    found = 0.0
-    other_here = parting.baseline_of_other
-    if other_here is None:
-        other_here = least_of_top
-    if other_here is not None:
-        found += ours.logprob - other_here
-    if parting.other_of_baseline is not None:
-        found += theirs.logprob - parting.other_of_baseline
+    found = _lead(ours, theirs.token) + _lead(theirs, ours.token)
     return max(0.0, found / 2) if math.isfinite(found) else 0.0
+
+
+def _lead(place: Place, rival: Candidate) -> float:
+    """By how many nats the token of a place is likelier than another, at least.
+
+    A rival that is not listed is at most as likely as the last one that is, and as all that the
+    token leaves.
+    """
+    known = place.logprob_of(rival)
+    if known is None:
+        known = math.log(doubt(place) + QUANTUM)
+        if place.top:
+            known = min(known, place.top[-1].logprob)
+    return place.logprob - known
 
 
 def _are_comparable(one: Candidate, other: Candidate) -> bool:
@@ -166,7 +185,7 @@ def _are_comparable(one: Candidate, other: Candidate) -> bool:
     return ids or (one.text is not None and other.text is not None)
 
 
-def scale(found: Sequence[Sample], half: Half, margin: float) -> Test | None:
+def scale(found: Sequence[Sample], half: Half, margin: float, part: Part = Part.ALL) -> Test | None:
     """Whether deltas are larger than the floor, token by token."""
     means = [math.fsum(one.sizes) / len(one.sizes) for one in found if one.pairs]
     if not means:
@@ -177,7 +196,28 @@ def scale(found: Sequence[Sample], half: Half, margin: float) -> Test | None:
         half=half,
         effect=times,
         chance=exceeds(means, math.log(margin)),
-        says=f"{half} deltas are {times:.3g} times the noise floor",
+        says=f"{half} deltas{_of(part)} are {times:.3g} times the noise floor",
+        part=part,
+    )
+
+
+def _of(part: Part) -> str:
+    return "" if part is Part.ALL else f" of {part}"
+
+
+def partings(found: Sequence[Sample], half: Half, margin: float) -> Test | None:
+    """Whether outputs part where the noise of a logit does not explain it."""
+    sizes = [math.log(one.gap + QUANTUM) - one.logit for one in found if one.gap]
+    if not sizes:
+        return None
+    times = math.exp(math.fsum(sizes) / len(sizes))
+    return Test(
+        kind=Kind.PARTINGS,
+        half=half,
+        effect=times,
+        chance=exceeds(sizes, math.log(WHOLE * margin)),
+        says=f"{half} outputs of {len(sizes)} of {len(found)} prompts part where the odds moved by "
+        f"{times:.3g} times the noise of a logit",
     )
 
 
@@ -226,12 +266,16 @@ def outliers(found: Sequence[Sample], half: Half, margin: float) -> Test | None:
         effect=float(beyond),
         chance=(len(found) / (len(found) + len(own))) ** beyond,
         says=f"{beyond} of {len(found)} prompts have a {half} token that is more than "
-        f"{limit:.2g} nats off, {margin:.2g} times the baseline's own worst",
+        f"{limit:.2g} nats off, {margin:.2g} times the worst of the noise floor",
     )
 
 
 def shift(
-    found: Sequence[Sample], half: Half, unit: float, margin: float = SHIFT_MARGIN
+    found: Sequence[Sample],
+    half: Half,
+    unit: float,
+    margin: float = SHIFT_MARGIN,
+    part: Part = Part.ALL,
 ) -> Test | None:
     """Whether log-probabilities of the same tokens move the same way in prompt after prompt.
 
@@ -254,8 +298,9 @@ def shift(
         half=half,
         effect=effect,
         chance=chance,
-        says=f"{half} log-probabilities of the same tokens move the same way in prompt after "
-        f"prompt, by {effect:.2g} standard deviations of a prompt",
+        says=f"{half} log-probabilities of the same tokens{_of(part)} move the same way in prompt "
+        f"after prompt, by {effect:.2g} standard deviations of a prompt",
+        part=part,
     )
 
 
@@ -291,19 +336,21 @@ def _move(one: Sample, unit: float) -> Move:
     """One prompt's.
 
     The candidates that were not chosen tell far more than the chosen one, whose probability near 1
-    hides its logit; where no candidates are known, the chosen ones must do.
+    hides its logit; where no candidates are known, the chosen ones must do. Lists count as far as
+    both go: at the end of the shorter one a candidate is seen only if it moved up.
     """
     found: Move = {}
     for (our, their), floor in zip(one.pairs, one.floors, strict=True):
-        known = {_key(candidate): candidate.logprob for candidate in (*their.top, their.token)}
-        chosen = _key(our.token)
+        length = min(len(our.top), len(their.top))
+        listed = Place(their.token, their.top[:length])
         deltas = [
-            (key, (known[key] - candidate.logprob) / unit)
-            for candidate in our.top
-            if (key := _key(candidate)) != chosen and key in known
+            (_key(candidate), (logprob - candidate.logprob) / unit)
+            for candidate in our.top[:length]
+            if not candidate.is_token_of(our.token)
+            and (logprob := listed.logprob_of(candidate)) is not None
         ]
         if not deltas:
-            deltas = [(chosen, (their.logprob - our.logprob) / math.exp(floor))]
+            deltas = [(_key(our.token), (their.logprob - our.logprob) / math.exp(floor))]
         for key, units in deltas:
             if math.isfinite(units):
                 total, places = found.get(key, (0.0, 0))

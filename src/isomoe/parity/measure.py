@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+from isomoe.errors import IsomoeError
 from isomoe.parity.run import ALONE, PAIRS, TOGETHER, Composition, Prompt, Run, Text
-from isomoe.parity.targets.base import Stage, Target, TargetError
+from isomoe.parity.targets.base import Stage, Target
 from isomoe.parity.targets.saved import SavedRun
 
 NOISE_COMPOSITIONS = (ALONE, PAIRS)
@@ -21,17 +23,25 @@ class Workload:
             defect may hide from large steps, or where every attention-DP group has rows.
         max_tokens: the most that are decoded for a prompt.
         top: how many of the likeliest candidates to record in each place.
+        alone: how many of the last prompts are sent one at a time; None for a fifth.
     """
 
     prompts: tuple[Prompt, ...]
     max_tokens: int
     ignore_eos: bool = False
     top: int = 8
+    alone: int | None = None
 
     @property
     def num_together(self) -> int:
         """Prompts that are open at once."""
-        return len(self.prompts) - min(_MOST_ALONE, len(self.prompts) // 5)
+        fifth = min(_MOST_ALONE, len(self.prompts) // 5)
+        return len(self.prompts) - (fifth if self.alone is None else self.alone)
+
+    def as_asked(self, baseline: Run) -> Self:
+        """The same, as the baseline was asked: one that was saved may have been asked for less."""
+        most = self.max_tokens if baseline.max_tokens is None else baseline.max_tokens
+        return replace(self, max_tokens=min(self.max_tokens, most), alone=baseline.alone)
 
 
 _MOST_ALONE = 24
@@ -51,16 +61,21 @@ def record(
         What it said. A target that fails gives a run with an error, unless it is the baseline.
 
     Raises:
-        TargetError: if the baseline fails.
+        IsomoeError: if the baseline fails.
     """
     began = time.monotonic()
     prompts = work.prompts if reference is None else reference.prompts
     try:
         if isinstance(target, SavedRun):
-            return target.answer(prompts, max_tokens=work.max_tokens, reference=reference)
+            return target.answer(
+                prompts,
+                max_tokens=work.max_tokens,
+                ignore_eos=work.ignore_eos,
+                reference=reference,
+            )
         with target:
             return _driven(target, work, prompts, reference, stage, began)
-    except TargetError as error:
+    except IsomoeError as error:
         if reference is None:
             raise
         return Run(
@@ -108,6 +123,11 @@ def _driven(
         outputs=tuple(outputs),
         scores=tuple(scored) if target.can_score else None,
         again=again,
+        gives_logprobs=target.gives_logprobs,
+        max_tokens=work.max_tokens,
+        ignore_eos=work.ignore_eos,
+        top=work.top,
+        alone=len(prompts[split:]),
         seconds=time.monotonic() - began,
         notes=target.notes,
     )

@@ -21,6 +21,9 @@ A floor below it would tell apart what no dtype of that width can promise."""
 ASSUMED_NOISE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 """Nats of a logit where the baseline gives the same bits however it is batched: that tells nothing
 of what another layout rounds. 0.1 is what bf16 does to models of some 30 billion parameters."""
+ASSUMED_WORST = 10.0
+"""Times that: what one token may be off where the floor is assumed. A near tie in routing moves a
+token by far more than rounding does."""
 WILD = 3.0
 """How many times further than the compositions decode may be from prefill, to be taken as noise."""
 
@@ -39,17 +42,22 @@ class Noise:
 
     Attributes:
         sources: |delta logprob| of the baseline from itself, by source.
+        counted: the sources that the floors rest on; none where they are assumed.
         known_good: those against which others are measured as well; `verdict` compares them.
         floors: ln of the floor in nats, of each prompt's tokens.
-        maxima: of each prompt, the largest |delta| of each source that says something of it.
+        logits: ln of the noise of a logit in nats, of each prompt.
+        maxima: of each prompt, the largest |delta| of each source that says something of it; what
+            is assumed where the floor is.
         unit: the typical delta of a candidate, in nats.
         is_measured: whether anything at all tells the floor.
         notes: what a reader should know of it.
     """
 
     sources: Mapping[str, Summary]
+    counted: frozenset[str] = frozenset()
     known_good: tuple[Run, ...] = ()
     floors: tuple[Deltas, ...] = ()
+    logits: Deltas = ()
     maxima: tuple[Deltas, ...] = ()
     unit: float = LEAST_NOISE["bfloat16"]
     is_measured: bool = False
@@ -59,7 +67,7 @@ class Noise:
     def of(cls, baseline: Run, known_good: Sequence[Run] = ()) -> "Noise":
         """The baseline's, by what it said of its own tokens."""
         texts = baseline.outputs if baseline.scores is None else baseline.scores
-        faults = [fault_of(baseline, run) for run in known_good]
+        faults = [fault_of(baseline, run) or not_finite(run) for run in known_good]
         notes = [f"not used as a noise floor: {fault}" for fault in faults if fault is not None]
         usable = [run for run, fault in zip(known_good, faults, strict=True) if fault is None]
         sources, used, found = _own(baseline, texts)
@@ -68,27 +76,35 @@ class Noise:
             used = [one for one in good.values() if _is_rounding(one)]
             sources |= good
         if not used and sources:
-            found = [
-                f"{baseline.name} gives the same bits under every batch composition, which tells "
-                "nothing of other layouts: the floor is assumed; --floor TARGET would measure it"
-            ]
+            found.append(
+                f"{baseline.name} {_silence(baseline, texts)}, which tells nothing of other "
+                "layouts: the floor is assumed; --floor TARGET would measure it"
+            )
         notes += found
         typical = _typical(texts, used)
         least = _by_dtype(LEAST_NOISE, baseline)
+        assumed = _by_dtype(ASSUMED_NOISE, baseline)
         if typical is None:
-            typical = _by_dtype(ASSUMED_NOISE, baseline)
+            typical = assumed
+        floors = [
+            _floors(text, [source[index] for source in used], max(typical, least), least)
+            for index, text in enumerate(texts)
+        ]
         return cls(
             sources={
                 name: Summary.of(delta for deltas in source for delta in deltas)
                 for name, source in sources.items()
             },
-            known_good=tuple(usable),
-            floors=tuple(
-                _floors(text, [source[index] for source in used], max(typical, least), least)
-                for index, text in enumerate(texts)
+            counted=frozenset(
+                name for name, one in sources.items() if any(one is other for other in used)
             ),
+            known_good=tuple(usable),
+            floors=tuple(floors),
+            logits=tuple(map(_logit, texts, floors)),
             maxima=tuple(
                 tuple(max(map(abs, source[index])) for source in used if any(source[index]))
+                if used
+                else (ASSUMED_WORST * assumed,)
                 for index in range(len(texts))
             ),
             unit=max(least, _unit(texts, baseline) or typical),
@@ -118,6 +134,16 @@ def _own(baseline: Run, texts: Sequence[Text]) -> tuple[dict[str, Source], list[
     return sources, used, [note]
 
 
+def _silence(baseline: Run, texts: Sequence[Text]) -> str:
+    """Why a baseline that was read more than once has no floor."""
+    if not baseline.again:
+        return "was scored in one batch composition alone"
+    moved = any(
+        any(deltas) for other in baseline.again.values() for deltas in _source(texts, other)
+    )
+    return f"gives {'nearly ' if moved else ''}the same bits under every batch composition"
+
+
 def _same_half(baseline: Run, run: Run) -> Sequence[Text]:
     """What a run says of the baseline's tokens, read as the baseline reads them where it can."""
     return run.outputs if baseline.scores is None or run.scores is None else run.scores
@@ -126,6 +152,33 @@ def _same_half(baseline: Run, run: Run) -> Sequence[Text]:
 def doubt(place: Place) -> float:
     """1 - p of the token: how much of the noise of its logit reaches its log-probability."""
     return -math.expm1(min(0.0, place.logprob)) if math.isfinite(place.logprob) else 1.0
+
+
+def not_finite(run: Run) -> str | None:
+    """Where a run that tells log-probabilities tells one that is none; None if nowhere."""
+    if not run.gives_logprobs:
+        return None
+    again = "decode" if run.scores is None else "score"
+    told = [("score", run.scores or ()), ("decode", run.outputs)]
+    told += [(f"{again}, {name}", texts) for name, texts in run.again.items()]
+    for what, texts in told:
+        logprobs = [place.logprob for text in texts for place in text]
+        if broken := sum(not math.isfinite(logprob) for logprob in logprobs):
+            prompt, token = _first_broken(texts)
+            return (
+                f"{run.name}: {broken} of {len(logprobs)} log-probabilities of its {what} are "
+                f"not finite, first in prompt {prompt}, token {token}"
+            )
+    return None
+
+
+def _first_broken(texts: Sequence[Text]) -> tuple[int, int]:
+    return next(
+        (prompt, token)
+        for prompt, text in enumerate(texts)
+        for token, place in enumerate(text)
+        if not math.isfinite(place.logprob)
+    )
 
 
 def delta_pairs(ours: Text, theirs: Text) -> list[tuple[Place, Place]]:
@@ -167,7 +220,7 @@ def _typical(texts: Sequence[Text], sources: Sequence[Source]) -> float | None:
 
 def _is_rounding(source: Source) -> bool:
     """Whether it moved more than a few tokens."""
-    moved = [delta != 0.0 for deltas in source for delta in deltas]
+    moved = [delta != 0.0 for deltas in source for delta in deltas if math.isfinite(delta)]
     return sum(moved) > _FEW * len(moved)
 
 
@@ -189,6 +242,14 @@ def _floors(text: Text, sources: Sequence[Deltas], typical: float, least: float)
         else:
             floors.append(math.log(typical * share + QUANTUM))
     return tuple(floors)
+
+
+def _logit(text: Text, floors: Deltas) -> float:
+    """ln of the noise of a logit in a prompt, in nats: what the floors have, but for 1 - p."""
+    found = [
+        floor - math.log(doubt(place) + QUANTUM) for place, floor in zip(text, floors, strict=True)
+    ]
+    return math.fsum(found) / len(found) if found else 0.0
 
 
 def _unit(texts: Sequence[Text], baseline: Run) -> float | None:

@@ -77,11 +77,13 @@ def questions(file: Path, encode: Encode, count: int) -> Prompts:
     """
     least, most = ANSWER_TOKENS
     found: list[tuple[int, int, str]] = []
-    for number, line in enumerate(_read(file, str(file)).splitlines()):
-        problem = json.loads(line)
-        length = len(encode(f" {problem['answer']}")) + 1  # the end token
+    for number, line in enumerate(_read(file, str(file)).split("\n"), 1):
+        if not line.strip():
+            continue
+        question, answer = _problem(line, f"{file}, line {number}")
+        length = len(encode(f" {answer}")) + 1  # the end token
         if least <= length <= most:
-            found.append((length, number, problem["question"]))
+            found.append((length, number, question))
     found.sort()
     if len(found) < count:
         raise ConfigError(
@@ -114,7 +116,7 @@ def random_ids(count: int, vocab_size: int, seed: int) -> Prompts:
 def _lines(file: Path, where: str) -> tuple[Prompt, ...]:
     prompts = tuple(
         _prompt(line, f"{where}, line {number}")
-        for number, line in enumerate(_read(file, where).splitlines(), 1)
+        for number, line in enumerate(_read(file, where).split("\n"), 1)
         if line.strip()
     )
     if not prompts:
@@ -124,9 +126,24 @@ def _lines(file: Path, where: str) -> tuple[Prompt, ...]:
 
 def _read(file: Path, what: str) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what}: not readable ({error})") from None
+
+
+def _problem(line: str, where: str) -> tuple[str, str]:
+    """Question and answer."""
+    try:
+        entry = json.loads(line)
+        question, answer = entry["question"], entry["answer"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        question = answer = None
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise ConfigError(
+            f'{where}: is no object with the texts "question" and "answer"; --prompts FILE or '
+            "--random-prompts M would do without that file"
+        )
+    return question, answer
 
 
 def _prompt(line: str, where: str) -> Prompt:
@@ -134,7 +151,7 @@ def _prompt(line: str, where: str) -> Prompt:
         return Prompt(None, line)
     try:
         entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not readable as JSON ({error})") from None
     for key, form in (("prompt", str), ("question", question_prompt)):
         if key in entry:

@@ -7,11 +7,14 @@ day or another machine.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from isomoe.errors import ConfigError
+from isomoe.parity.files import write_atomically
+
+T = TypeVar("T")
 
 Ids = tuple[int, ...]
 
@@ -82,6 +85,12 @@ Text = tuple[Place, ...]
 """Consecutive tokens of one prompt's output."""
 
 
+def token_ids(text: Text) -> Ids | None:
+    """The ids of its tokens; None if one has none."""
+    found = [place.token.token_id for place in text]
+    return None if None in found else tuple(each for each in found if each is not None)
+
+
 class Composition(NamedTuple):
     """How requests are batched, which moves results within the noise floor.
 
@@ -115,6 +124,10 @@ class Run:
             one prefill; None from a target that cannot score given tokens.
         again: the same as `scores` under other batch compositions, by their names. The baseline
             has these: they are its noise floor.
+        gives_logprobs: whether it tells log-probabilities; where it does, NaN is a broken one.
+        max_tokens, ignore_eos, top: how it was asked to decode. None where that is not known: a
+            file of an older version.
+        alone: how many of the last prompts were sent one at a time; None where it is not known.
         seconds: wall time of start, decode and scoring.
         notes: what a reader should know.
         error: why the run is incomplete, if it is; names the target.
@@ -127,6 +140,11 @@ class Run:
     outputs: tuple[Text, ...] = ()
     scores: tuple[Text, ...] | None = None
     again: Mapping[str, tuple[Text, ...]] = field(default_factory=dict)
+    gives_logprobs: bool = True
+    max_tokens: int | None = None
+    ignore_eos: bool | None = None
+    top: int | None = None
+    alone: int | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -152,15 +170,25 @@ class Run:
         Raises:
             ConfigError: if the file cannot be written.
         """
-        document = {"format": FORMAT, **asdict(self)}
-        document["outputs"] = _texts_to_json(self.outputs)
-        document["scores"] = None if self.scores is None else _texts_to_json(self.scores)
-        document["again"] = {name: _texts_to_json(texts) for name, texts in self.again.items()}
-        document["prompts"] = [prompt._asdict() for prompt in self.prompts]
-        try:
-            path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error})") from None
+        document = {
+            "format": FORMAT,
+            "name": self.name,
+            "dialect": self.dialect,
+            "facts": dict(self.facts),
+            "prompts": [prompt._asdict() for prompt in self.prompts],
+            "outputs": _texts_to_json(self.outputs),
+            "scores": None if self.scores is None else _texts_to_json(self.scores),
+            "again": {name: _texts_to_json(texts) for name, texts in self.again.items()},
+            "gives_logprobs": self.gives_logprobs,
+            "max_tokens": self.max_tokens,
+            "ignore_eos": self.ignore_eos,
+            "top": self.top,
+            "alone": self.alone,
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "error": self.error,
+        }
+        write_atomically(path, json.dumps(document))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -171,25 +199,30 @@ class Run:
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"file:{path}: not readable as JSON ({error})") from None
         found = document.pop("format", None) if isinstance(document, dict) else None
         if found != FORMAT:
             raise ConfigError(f"file:{path}: its format is {found!r}, not {FORMAT!r}")
         try:
             return cls(
-                name=str(document["name"]),
-                dialect=str(document["dialect"]),
+                name=_known(document["name"], str),
+                dialect=_known(document["dialect"], str),
                 facts=dict(document["facts"]),
                 prompts=tuple(map(_prompt, document["prompts"])),
                 outputs=_texts(document["outputs"]),
                 scores=None if document["scores"] is None else _texts(document["scores"]),
                 again={name: _texts(texts) for name, texts in document["again"].items()},
-                seconds=float(document["seconds"]),
-                notes=tuple(map(str, document["notes"])),
-                error=document["error"],
+                gives_logprobs=_known(document.get("gives_logprobs", True), bool),
+                max_tokens=_maybe(document.get("max_tokens"), int),
+                ignore_eos=_maybe(document.get("ignore_eos"), bool),
+                top=_maybe(document.get("top"), int),
+                alone=_maybe(document.get("alone"), int),
+                seconds=_number(document["seconds"]),
+                notes=tuple(_known(note, str) for note in document["notes"]),
+                error=_maybe(document["error"], str),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(
                 f"file:{path}: not a whole run ({type(error).__name__}: {error})"
             ) from None
@@ -208,17 +241,40 @@ def _texts_to_json(texts: Sequence[Text]) -> list[list[list[Any]]]:
     ]
 
 
+def _known(value: Any, kind: type[T]) -> T:
+    """A value of exactly this type; raises TypeError for any other."""
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
+    return value
+
+
+def _maybe(value: Any, kind: type[T]) -> T | None:
+    return None if value is None else _known(value, kind)
+
+
+def _number(value: Any) -> float:
+    return float(value if type(value) is int else _known(value, float))
+
+
 def _texts(document: Any) -> tuple[Text, ...]:
     def candidate(found: Any) -> Candidate:
         token_id, text, logprob = found
-        return Candidate(token_id, text, math.nan if logprob is None else float(logprob))
+        value = math.nan if logprob is None else _number(logprob)
+        return Candidate(_maybe(token_id, int), _maybe(text, str), value)
 
     return tuple(
-        tuple(Place(candidate(token), tuple(map(candidate, top)), rank) for token, top, rank in one)
+        tuple(
+            Place(candidate(token), tuple(map(candidate, top)), _maybe(rank, int))
+            for token, top, rank in one
+        )
         for one in document
     )
 
 
 def _prompt(document: Any) -> Prompt:
     ids = document["token_ids"]
-    return Prompt(None if ids is None else tuple(ids), document["text"], document["kind"])
+    return Prompt(
+        None if ids is None else tuple(_known(each, int) for each in ids),
+        _maybe(document["text"], str),
+        _known(document["kind"], str),
+    )

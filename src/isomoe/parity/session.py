@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from isomoe.errors import ConfigError, IsomoeError
 from isomoe.parity.compare import compare
+from isomoe.parity.files import make_folder
 from isomoe.parity.measure import Workload, record
 from isomoe.parity.noise import Noise
 from isomoe.parity.prompts import (
@@ -21,11 +22,13 @@ from isomoe.parity.prompts import (
 from isomoe.parity.report import Report
 from isomoe.parity.run import Ids, Run
 from isomoe.parity.targets.base import Target
-from isomoe.parity.targets.parse import TargetSettings, is_layout, target_of
+from isomoe.parity.targets.detect import NAMES
+from isomoe.parity.targets.parse import TargetSettings, is_layout, shown, target_of
+from isomoe.parity.targets.reading import short
 from isomoe.parity.targets.saved import SavedRun
 from isomoe.parity.thresholds import Thresholds
 from isomoe.parity.verdict import Row, Verdict, judge
-from isomoe.parity.words import in_words, tells_only_texts
+from isomoe.parity.words import in_words
 from isomoe.tokenizer import Tokenizer, has_tokenizer
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ class PromptChoice:
     def __post_init__(self) -> None:
         if self.file is not None and self.random is not None:
             raise ConfigError("--prompts and --random-prompts: give one of them")
+        if self.count is not None and self.random is not None:
+            raise ConfigError("--num-prompts and --random-prompts: give one of them")
         if self.count is not None and self.count < 1:
             raise ConfigError(f"--num-prompts {self.count}: must be at least 1")
 
@@ -66,7 +71,7 @@ class Session:
         has_model: whether the checkpoint of `settings` is that of all targets, though none of them
             is a layout: the user named it.
         bisects: whether targets that differ are bisected.
-        folder: where runs are saved; made when the first one is.
+        folder: where runs are saved; made before anything runs.
         conditions: what the report says of the circumstances.
 
     Raises:
@@ -96,24 +101,27 @@ class Session:
             raise ConfigError(f"{baseline}: the first target is the baseline, without a defect")
         if not others:
             raise ConfigError(
-                f"{baseline}: one target has nothing to be compared with; `isomoe parity "
-                f"{baseline} tp2` would compare it with a layout of this engine"
+                f"{shown(baseline)}: one target has nothing to be compared with; `isomoe parity "
+                f"{shown(baseline)} tp2` would compare it with a layout of this engine"
             )
         if self.max_tokens < 1:
             raise ConfigError(f"--max-tokens {self.max_tokens}: must be at least 1")
+        if self.top < 0:
+            raise ConfigError(f"--top {self.top}: must be at least 0")
         for name in self.names if self.bisects else ():
             if not (is_layout(name) or name.startswith("hf:")):
                 raise ConfigError(
-                    f"--bisect {name}: its hidden states cannot be seen; those of layouts and of "
-                    "hf:PATH can"
+                    f"--bisect {shown(name)}: its hidden states cannot be seen; those of "
+                    "layouts and of hf:PATH can"
                 )
 
     def measure(self) -> Report:
         """Runs every target, one after the other, and saves each run.
 
         Raises:
-            ConfigError: if a target or a prompt cannot be; before anything runs.
-            TargetError: if the baseline fails, or one that is said to be good.
+            ConfigError: if a target, a prompt or the folder cannot be, before anything runs; or if
+                a target fails that is said to be good.
+            TargetError: if the baseline fails.
         """
         targets = [target_of(name, self.settings) for name in self.names]
         known_good = [target_of(name, self.settings) for name in self.known_good]
@@ -124,7 +132,9 @@ class Session:
             ignore_eos=self.ignore_eos,
             top=self.top,
         )
+        make_folder(self.folder)
         baseline = self._recorded(targets[0], work, None)
+        work = work.as_asked(baseline)
         good = [self._recorded(target, work, baseline) for target in known_good]
         for one in good:
             if one.error is not None:
@@ -142,7 +152,7 @@ class Session:
             noise=noise,
             bisections=tuple(bisections),
             thresholds=self.thresholds,
-            conditions=self.conditions,
+            conditions={**self.conditions, "max_tokens": work.max_tokens},
         )
 
     @cached_property
@@ -193,7 +203,6 @@ class Session:
 
     def _recorded(self, target: Target | SavedRun, work: Workload, baseline: Run | None) -> Run:
         found = record(target, work, reference=baseline, stage=self.settings.stage)
-        self.folder.mkdir(parents=True, exist_ok=True)
         found.save(self._file(found.name))
         return found
 
@@ -205,7 +214,8 @@ class Session:
         return self.folder / f"{number:02d}-{stem}.json"
 
     def _row(self, baseline: Run, found: Run, noise: Noise) -> Row:
-        if tells_only_texts(found) or tells_only_texts(baseline):
+        found = _with_other_model(baseline, found)
+        if not (found.gives_logprobs and baseline.gives_logprobs):
             decode = None if self.tokenizer is None else self.decode
             baseline, found = in_words(baseline, decode), in_words(found, decode)
         compared = compare(baseline, found)
@@ -232,3 +242,12 @@ class Session:
                     row = replace(row, comparison=replace(row.comparison, other=other))
             noted.append(row)
         return noted, found
+
+
+def _with_other_model(baseline: Run, found: Run) -> Run:
+    """The run, with a note if two servers name two models; a path and a name tell nothing."""
+    ours, theirs = baseline.facts.get("model"), found.facts.get("model")
+    are_servers = {baseline.dialect, found.dialect} <= set(NAMES)
+    if not are_servers or None in (ours, theirs) or ours == theirs:
+        return found
+    return found.with_note(f"names its model {short(theirs)}, and the baseline {short(ours)}")

@@ -1,8 +1,8 @@
 """Whether a target is told apart from the baseline's noise floor. Pure."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from isomoe.parity.compare import Comparison, Summary, compare
@@ -11,17 +11,18 @@ from isomoe.parity.evidence import (
     SHIFT_MARGIN,
     Half,
     Kind,
+    Part,
     Sample,
     Test,
     bias,
     one_prompt,
     outliers,
+    partings,
     samples,
     scale,
     shift,
 )
-from isomoe.parity.noise import Noise
-from isomoe.parity.run import Run, Text
+from isomoe.parity.noise import Noise, not_finite
 from isomoe.parity.thresholds import Thresholds
 
 MARGIN = 2.0
@@ -29,15 +30,23 @@ MARGIN = 2.0
 between batch compositions: docs/parity.md."""
 KNOWN_GOOD_MARGIN = 1.25
 """Times what a known-good target has, which has shown how much another layout rounds."""
-MOST_TESTS = 8
-"""Four kinds on two halves share the false-alarm rate."""
+MOST_TESTS = 13
+"""On two halves, four kinds on all prompts and two on those sent one at a time; and partings."""
+FAR_OFF = (2, 5, 10, 100, 1000)
+"""Times as far off, tried on few prompts: which of them would have been told apart."""
+LITTLE = 0.5
+"""The share of the tokens below which what the free halves have in common is said to be little."""
+
+
+Halves = Mapping[Half, Sequence[Sample]]
+"""What is compared, teacher-forced and free-running."""
 
 
 class Verdict(StrEnum):
     """What is concluded of a target.
 
     IDENTICAL: same tokens, and every log-probability the same bits. AGREES: not told apart from the
-    noise floor. DIFFERS: told apart. NOT_COMPARED: a fault, or nothing that could be compared.
+    noise floor. DIFFERS: told apart. NOT_COMPARED: a fault, or too little that could be compared.
     """
 
     IDENTICAL = "identical"
@@ -84,152 +93,220 @@ def judge(comparison: Comparison, noise: Noise, thresholds: Thresholds | None = 
         noise: of the same baseline.
     """
     limits = thresholds or Thresholds()
-    why_not = comparison.fault or _not_finite(comparison.baseline)
+    why_not = comparison.fault or not_finite(comparison.baseline)
     if why_not is not None:
         return Judgement(verdict=Verdict.NOT_COMPARED, reasons=(why_not,))
     if comparison.is_identical:
         return Judgement(
             verdict=Verdict.IDENTICAL, reasons=("every token and log-probability is the same bits",)
         )
-    broken = _not_finite(comparison.other)
+    broken = not_finite(comparison.other)
     if broken is not None:
         return Judgement(verdict=Verdict.DIFFERS, reasons=(broken,))
     halves = {half: samples(comparison, noise, half) for half in Half}
-    if not any(one.pairs for found in halves.values() for one in found):
-        return Judgement(verdict=Verdict.NOT_COMPARED, reasons=(_texts_only(comparison),))
+    if not any(halves.values()):
+        return Judgement(verdict=Verdict.NOT_COMPARED, reasons=(_why_nothing(comparison),))
+    notes = (*noise.notes, *_notes(comparison, halves))
     if limits.are_pinned:
-        return _by_limits(comparison, halves, limits)
-    return _by_tests(comparison, halves, noise, limits)
+        return _by_limits(halves, limits, notes)
+    return _by_tests(comparison, halves, noise, limits, notes)
 
 
 def _by_tests(
     comparison: Comparison,
-    halves: dict[Half, list[Sample]],
+    halves: Halves,
     noise: Noise,
     limits: Thresholds,
+    notes: tuple[str, ...],
 ) -> Judgement:
-    good = [_measures(compare(comparison.baseline, run), noise) for run in noise.known_good]
-    margin = limits.margin or _margin([times for times, _ in good])
-    steady = max(SHIFT_MARGIN, *(effect for _, effect in good)) if good else SHIFT_MARGIN
-    tests = tuple(_tests(halves, noise, margin, steady))
-    notes = tuple(_notes(comparison, halves, noise, margin))
-    found = halves[Half.FORCED] or halves[Half.FREE]
-    chance = min(1.0, MOST_TESTS * min((test.chance for test in tests), default=1.0))
-    telling = sorted(
-        (test for test in tests if MOST_TESTS * test.chance < limits.false_alarm),
-        key=lambda test: test.chance,
-    )
-    verdict = Verdict.DIFFERS if telling else Verdict.AGREES
+    good = [compare(comparison.baseline, run) for run in noise.known_good]
+
+    def tried(found: Halves) -> list[Test]:
+        return list(_tests(found, comparison, good, noise, limits))
+
+    tests = tried(halves)
+    telling = sorted((test for test in tests if _tells(test, limits)), key=lambda test: test.chance)
+    count = max(map(len, halves.values()))
+    verdict = Verdict.AGREES
+    reasons: tuple[str, ...] = (_not_told(limits),)
     if telling:
+        verdict = Verdict.DIFFERS
         reasons = tuple(f"{test.says} ({odds(MOST_TESTS * test.chance)})" for test in telling)
-    elif noise.is_measured:
-        reasons = (
-            f"not told apart from the noise floor at a false-alarm rate of {limits.false_alarm:g}",
-        )
-    else:
-        verdict = Verdict.NOT_COMPARED
-        reasons = ("no noise floor: the baseline was asked once; --floor TARGET would measure it",)
-    times = next((test.effect for test in tests if test.kind is Kind.SCALE), None)
+    elif not noise.is_measured:
+        verdict, reasons = Verdict.NOT_COMPARED, (_NO_FLOOR,)
+    elif count < FEWEST_PROMPTS:
+        times = _would_tell(halves, tried, limits)
+        few = f"{count} different prompt{'s' if count > 1 else ''}"
+        if times is None:
+            verdict = Verdict.NOT_COMPARED
+            reasons = (f"{few}, too few tokens: nothing would have been told, however far off",)
+        else:
+            notes += (
+                f"{few}: what is {times} times as far off would have been told; {FEWEST_PROMPTS} "
+                "or more would show small differences",
+            )
     return Judgement(
         verdict=verdict,
         reasons=reasons,
-        effect=times,
-        bias=bias(found) if noise.is_measured else None,
-        chance=chance if tests else None,
-        tests=tests,
-        notes=notes,
+        effect=next((test.effect for test in tests if test.kind is Kind.SCALE), None),
+        bias=bias(halves[Half.FORCED] or halves[Half.FREE]) if noise.is_measured else None,
+        chance=min(1.0, MOST_TESTS * min(test.chance for test in tests)) if tests else None,
+        tests=tuple(tests),
+        notes=(*notes, *_wide(good, noise, limits)),
     )
 
 
-def _tests(
-    halves: dict[Half, list[Sample]], noise: Noise, margin: float, steady: float
-) -> Iterable[Test]:
-    for half, found in halves.items():
-        results = [shift(found, half, noise.unit, steady)]
-        if noise.is_measured:
-            results += [
-                scale(found, half, margin),
-                outliers(found, half, margin),
-                one_prompt(found, half, margin),
+_NO_FLOOR = "no noise floor: the baseline was asked once; --floor TARGET would measure it"
+
+
+def _not_told(limits: Thresholds) -> str:
+    return f"not told apart from the noise floor at a false-alarm rate of {limits.false_alarm:g}"
+
+
+def _tells(test: Test, limits: Thresholds) -> bool:
+    return MOST_TESTS * test.chance < limits.false_alarm
+
+
+def _would_tell(
+    halves: Halves, tried: Callable[[Halves], list[Test]], limits: Thresholds
+) -> int | None:
+    """How many times as far off the target would be told apart; None if it never would."""
+    for times in FAR_OFF:
+        farther = {
+            half: [
+                replace(one, floors=tuple(floor - math.log(times) for floor in one.floors))
+                for one in found
             ]
-        yield from (test for test in results if test is not None)
-
-
-def _measures(comparison: Comparison, noise: Noise) -> tuple[float, float]:
-    """Of a known-good target: times the floor, and how steadily it shifts; (1, 0) if not known."""
-    found = samples(comparison, noise, Half.FORCED) or samples(comparison, noise, Half.FREE)
-    size = scale(found, Half.FORCED, 1.0)
-    moved = shift(found, Half.FORCED, noise.unit)
-    return size.effect if size else 1.0, moved.effect if moved and moved.chance < 0.01 else 0.0
-
-
-def _margin(known_good: Sequence[float]) -> float:
-    return KNOWN_GOOD_MARGIN * max(1.0, *known_good) if known_good else MARGIN
-
-
-def _notes(
-    comparison: Comparison, halves: dict[Half, list[Sample]], noise: Noise, margin: float
-) -> Iterable[str]:
-    yield from noise.notes
-    if not halves[Half.FORCED]:
-        yield "free-running only: nothing is compared after the first difference of a prompt"
-    count = max(map(len, halves.values()))
-    if count < FEWEST_PROMPTS:
-        yield (
-            f"{count} different prompt{'s' if count > 1 else ''}: only a gross difference can be "
-            f"told; {FEWEST_PROMPTS} or more would show small ones"
-        )
-    if noise.known_good and margin > MARGIN:
-        yield (
-            f"a known-good target is {margin / KNOWN_GOOD_MARGIN:.2g} times the noise floor, so "
-            f"that only {margin:.2g} times the floor counts as different"
-        )
-
-
-def _by_limits(
-    comparison: Comparison, halves: dict[Half, list[Sample]], limits: Thresholds
-) -> Judgement:
-    reasons = []
-    for half, found in halves.items():
-        summary = Summary.of(delta for one in found for delta in one.deltas)
-        for name, value, limit in (
-            ("mean", summary.mean, limits.mean),
-            ("max", summary.most, limits.max),
-        ):
-            if limit is not None and value > limit:
-                reasons.append(
-                    f"{half} {name} |delta logprob| is {value:.3g} nats, above the pinned {limit:g}"
-                )
-    if reasons:
-        return Judgement(verdict=Verdict.DIFFERS, reasons=tuple(reasons))
-    return Judgement(verdict=Verdict.AGREES, reasons=("within the pinned limits",))
-
-
-def _not_finite(run: Run) -> str | None:
-    """Where a run that tells log-probabilities tells one that is none; None if nowhere."""
-    for what, texts in (("score", run.scores), ("decode", run.outputs)):
-        logprobs = [place.logprob for text in texts or () for place in text]
-        broken = sum(not math.isfinite(logprob) for logprob in logprobs)
-        is_silent = what == "decode" and all(map(math.isnan, logprobs))
-        if broken and not is_silent:
-            prompt, token = _first_broken(texts or ())
-            return (
-                f"{run.name}: {broken} of {len(logprobs)} log-probabilities of its {what} are "
-                f"not finite, first in prompt {prompt}, token {token}"
-            )
+            for half, found in halves.items()
+        }
+        if any(_tells(test, limits) for test in tried(farther)):
+            return times
     return None
 
 
-def _first_broken(texts: Sequence[Text]) -> tuple[int, int]:
-    return next(
-        (prompt, token)
-        for prompt, text in enumerate(texts)
-        for token, place in enumerate(text)
-        if not math.isfinite(place.logprob)
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowed:
+    """What honest rounding may look like in one half.
+
+    Attributes:
+        margin: times the floor.
+        steady: standard deviations of a prompt by which it may shift.
+    """
+
+    margin: float
+    steady: float
+
+    @classmethod
+    def of(
+        cls,
+        known_good: Sequence[Sequence[Sample]],
+        half: Half,
+        noise: Noise,
+        limits: Thresholds,
+    ) -> "Allowed":
+        """By what known-good targets have in that half, where there are any that speak of it."""
+        sizes = [scale(found, half, 1.0) for found in known_good]
+        moves = [shift(found, half, noise.unit) for found in known_good]
+        times = [size.effect for size in sizes if size is not None]
+        steady = [move.effect for move in moves if move is not None and move.chance < 0.01]
+        margin = KNOWN_GOOD_MARGIN * max(1.0, *times) if times else MARGIN
+        return cls(margin=limits.margin or margin, steady=max(SHIFT_MARGIN, *steady, 0.0))
 
 
-def _texts_only(comparison: Comparison) -> str:
+def _tests(
+    halves: Halves,
+    comparison: Comparison,
+    good: Sequence[Comparison],
+    noise: Noise,
+    limits: Thresholds,
+) -> Iterator[Test]:
+    for half, found in halves.items():
+        known = [samples(one, noise, half) for one in good]
+        yield from _tests_of_all(found, half, noise, Allowed.of(known, half, noise, limits))
+        if alone := _alone(found, comparison):
+            known += [_alone(one, comparison) for one in known]
+            allowed = Allowed.of(known, half, noise, limits)
+            yield from _tests_of_alone(alone, half, noise, allowed)
+
+
+def _tests_of_all(
+    found: Sequence[Sample], half: Half, noise: Noise, allowed: Allowed
+) -> Iterable[Test]:
+    tests = [shift(found, half, noise.unit, allowed.steady)]
+    if noise.is_measured:
+        tests += [
+            scale(found, half, allowed.margin),
+            outliers(found, half, allowed.margin),
+            one_prompt(found, half, allowed.margin),
+            # Known-good targets say how much is rounded, not where the model hesitates.
+            partings(found, half, max(MARGIN, allowed.margin)),
+        ]
+    return (test for test in tests if test is not None)
+
+
+def _tests_of_alone(
+    found: Sequence[Sample], half: Half, noise: Noise, allowed: Allowed
+) -> Iterable[Test]:
+    """What a defect of small steps does to few prompts is little beside all of them."""
+    tests = [shift(found, half, noise.unit, allowed.steady, Part.ALONE)]
+    if noise.is_measured:
+        tests.append(scale(found, half, allowed.margin, Part.ALONE))
+    return (test for test in tests if test is not None)
+
+
+def _alone(found: Sequence[Sample], comparison: Comparison) -> list[Sample]:
+    """Those of prompts that were sent one at a time; none if all were."""
+    count = len(comparison.prompts)
+    first = count - (comparison.other.alone or 0)
+    return [one for one in found if one.prompt >= first] if first > 0 else []
+
+
+def _wide(good: Sequence[Comparison], noise: Noise, limits: Thresholds) -> Iterable[str]:
+    """Which known-good targets widen the margin."""
+    for half in Half if limits.margin is None else ():
+        margin = Allowed.of([samples(one, noise, half) for one in good], half, noise, limits).margin
+        if margin > MARGIN:
+            yield (
+                f"a known-good target is {margin / KNOWN_GOOD_MARGIN:.2g} times the noise floor "
+                f"({half}), so that only {margin:.2g} times it counts as different"
+            )
+
+
+def _notes(comparison: Comparison, halves: Halves) -> Iterable[str]:
+    if not halves[Half.FORCED]:
+        yield "free-running only: nothing is compared after the first difference of a prompt"
+    elif not halves[Half.FREE]:
+        yield "teacher-forced only: of no decoded token do both tell a log-probability"
+    total = sum(prompt.num_tokens for prompt in comparison.prompts)
+    if comparison.common_tokens < LITTLE * total:
+        yield (
+            f"free-running, {comparison.common_tokens} of {total} tokens could be compared: "
+            "outputs part, or end, early"
+        )
+
+
+def _by_limits(halves: Halves, limits: Thresholds, notes: tuple[str, ...]) -> Judgement:
+    reasons = []
+    for half, found in halves.items():
+        values = []
+        if limits.mean is not None:
+            summary = Summary.of(delta for one in found for delta in one.deltas)
+            values.append(("mean", summary.mean, limits.mean))
+        if limits.max is not None:
+            values.append(("max", max((one.most for one in found), default=math.nan), limits.max))
+        reasons += [
+            f"{half} {name} |delta logprob| is {value:.3g} nats, above the pinned {limit:g}"
+            for name, value, limit in values
+            if value > limit
+        ]
+    if reasons:
+        return Judgement(verdict=Verdict.DIFFERS, reasons=tuple(reasons), notes=notes)
+    return Judgement(verdict=Verdict.AGREES, reasons=("within the pinned limits",), notes=notes)
+
+
+def _why_nothing(comparison: Comparison) -> str:
+    if comparison.baseline.gives_logprobs and comparison.other.gives_logprobs:
+        return "no tokens to compare: no output begins with the baseline's token"
     total = sum(prompt.num_tokens for prompt in comparison.prompts)
     return (
         f"no log-probabilities to compare; greedy texts share {comparison.common_tokens} of "

@@ -13,10 +13,9 @@ Decode = Callable[[tuple[int, ...]], str]
 """Token ids to text."""
 
 
-def tells_only_texts(run: Run) -> bool:
-    """Whether no output token of it has a log-probability."""
-    places = [place for output in run.outputs for place in output]
-    return bool(places) and all(math.isnan(place.logprob) for place in places)
+def words_of(text: str) -> Text:
+    """Word by word, each with the blanks before it: joined, they are the text again."""
+    return tuple(Place(Candidate(None, word, math.nan)) for word in _WORD.findall(text))
 
 
 def in_words(run: Run, decode: Decode | None) -> Run:
@@ -32,12 +31,8 @@ def in_words(run: Run, decode: Decode | None) -> Run:
         text = _text(output, decode)
         if text is None:
             return run
-        outputs.append(tuple(_place(word) for word in _WORD.findall(text.strip())))
-    return replace(run, outputs=tuple(outputs), scores=None, again={})
-
-
-def _place(word: str) -> Place:
-    return Place(Candidate(None, word, math.nan))
+        outputs.append(words_of(text.strip()))
+    return replace(run, outputs=tuple(outputs), scores=None, again={}, gives_logprobs=False)
 
 
 def _text(output: Text, decode: Decode | None) -> str | None:

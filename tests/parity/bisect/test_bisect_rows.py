@@ -9,7 +9,7 @@ import torch
 from isomoe.config import EngineConfig
 from isomoe.engine.instrument import load_instrument
 from isomoe.errors import ConfigError
-from isomoe.layout import GLOO, Parallelism, TokenRows, make_plan
+from isomoe.layout import MACHINES, Parallelism, TokenRows, make_plan
 from isomoe.models import build, read_config
 from isomoe.parity.bisect import Bisection, Kind, Point
 from isomoe.parity.bisect.assemble import Recording, RecordingError, assemble
@@ -31,7 +31,7 @@ def record(layout: str, swapped: bool = False) -> Recording:
     model = build(read_config(bundled_checkpoint()), Parallelism.parse(layout))
     mesh = model.seat.mesh
     rows = TokenRows.of(mesh, (3, 2), (4, 2))  # the first group has a padding row
-    plan = make_plan(model.chain, GLOO).regimes[0]
+    plan = make_plan(model.chain, MACHINES["cpu"]).regimes[0]
     experts = next(name for name, kind in plan.kinds.items() if kind == "experts")
     assert set(plan.gives[experts]) == {"P"}
     truth = torch.tensor([1.0, 2, 3, 99, 4, 5]).unsqueeze(1).expand(6, 8)
@@ -66,7 +66,7 @@ def test_tokens_that_nobody_asked_for_are_an_error() -> None:
 def test_every_block_has_a_station_and_only_moved_rows_a_delivery() -> None:
     for layout, moves in (("tp1", False), ("tp2,dp2,ep2", True)):
         model = build(read_config(bundled_checkpoint()), Parallelism.parse(layout))
-        found = list(stations(make_plan(model.chain, GLOO).regimes[0]))
+        found = list(stations(make_plan(model.chain, MACHINES["cpu"]).regimes[0]))
         assert [one.name for one in found if one.kind is Kind.BLOCK] == [
             block.name for block in model.blocks()
         ]

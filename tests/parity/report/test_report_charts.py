@@ -3,7 +3,7 @@ import re
 import pytest
 from report_samples import FoundBlock
 
-from isomoe.parity.report.charts import BOTTOM, LEFT, RIGHT, TOP, Chart, distribution, layers
+from isomoe.parity.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Chart, distribution, layers
 from isomoe.parity.report.charts import positions as by_position
 
 FLOOR = [0.0, 0.001, 0.002, 0.0005]
@@ -40,6 +40,15 @@ def test_equal_bits_have_no_chart() -> None:
     assert by_position([FLOOR], [[0.0]], "same") is None
 
 
+def test_one_moved_token_among_many_is_a_bar_and_no_curve() -> None:
+    """The median and the 99th percentile are 0 there, and a logarithm knows no 0."""
+    few = [[0.0] * 100 for _ in range(200)]
+    few[3][7] = 0.5
+    assert by_position([], few, "far") is None
+    assert by_position(few, few, "far") is None
+    assert distribution([], [delta for prompt in few for delta in prompt], "far") is not None
+
+
 def test_every_point_lies_on_the_plot() -> None:
     chart = by_position([FLOOR], [FAR, FAR[:2]], "far")
     assert chart is not None
@@ -47,6 +56,13 @@ def test_every_point_lies_on_the_plot() -> None:
         for x, y in path_of(chart, style):
             assert LEFT <= x <= RIGHT
             assert TOP <= y <= BOTTOM
+
+
+def test_no_label_of_an_axis_is_cut_off() -> None:
+    """A letter is some 8 units wide, and the text stands in the middle of its tick."""
+    for chart in (distribution(FLOOR, FAR, "far"), by_position([FLOOR], [FAR * 300], "far")):
+        assert chart is not None
+        assert all(tick.at + 4 * len(tick.label) <= WIDTH for tick in chart.x_ticks)
 
 
 def test_positions_grow_with_the_delta() -> None:

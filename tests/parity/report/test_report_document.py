@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import jsonschema
+import pytest
 from report_samples import judged, run_of, sample
 
 from isomoe.parity.noise import Noise
@@ -124,3 +125,13 @@ def test_a_target_that_was_not_compared_has_its_error_and_no_prompt() -> None:
     target = document(sample())["targets"][3]
     assert target["error"] == "gone: no answer within 60 s"
     assert target["prompts"] == []
+
+
+def test_numbers_have_six_digits() -> None:
+    report = sample()
+    comparison = report.rows[1].comparison
+    found = document(report)["targets"][1]
+    assert comparison.forced is not None
+    assert found["forced"]["mean"] == pytest.approx(comparison.forced.mean, rel=1e-5)
+    assert found["forced"]["mean"] != comparison.forced.mean
+    assert document(report)["noise_floor"]["counted"] == ["alone"]

@@ -8,7 +8,7 @@ from isomoe.parity.noise import DECODE, Noise
 from isomoe.parity.report import Report
 from isomoe.parity.report.model import token_views
 from isomoe.parity.report.words import odds, readable, share, visible
-from isomoe.parity.run import Candidate
+from isomoe.parity.run import Candidate, Run
 from isomoe.parity.verdict import Verdict
 
 BASE = run_of("base", 2, 5, 2)
@@ -44,19 +44,48 @@ def test_the_headline_counts_the_targets() -> None:
     )
 
 
-def test_the_floor_is_drawn_over_all_compositions_and_known_good_targets() -> None:
-    base = with_again(BASE)
-    report = replace(report_of(), baseline=base, noise=Noise.of(base, known_good=[BASE]))
-    names = {source.name: source.is_drawn for source in report.floor}
-    assert names == {"alone": True, "base (known good)": True, DECODE: False}
-    assert report.floor_summary is not None
-    assert report.floor_summary.tokens == 2 * BASE.num_tokens
+def floor_of(base: Run, *known_good: Run) -> dict[str, bool]:
+    report = replace(report_of(), baseline=base, noise=Noise.of(base, known_good))
+    counted = [source for source in report.floor if source.is_counted]
+    summary = report.floor_summary
+    assert (summary.tokens if summary else 0) == sum(source.summary.tokens for source in counted)
+    for source in report.floor:
+        of_noise = report.noise.sources.get(source.name.removesuffix(" (known good)"))
+        assert of_noise in (None, source.summary)
+    return {source.name: source.is_counted for source in report.floor}
 
 
-def test_decode_is_the_floor_where_nothing_else_is_known() -> None:
-    assert [source.is_drawn for source in report_of().floor] == [True]
+def test_the_floor_is_what_the_verdict_rests_on() -> None:
     silent = replace(BASE, scores=None)
-    assert replace(report_of(), baseline=silent).floor_summary is None
+    moved = with_again(BASE).again["alone"]
+    wild = with_again(BASE, noise=3.0).again["alone"]
+    assert floor_of(with_again(BASE), BASE) == {
+        "alone": True,
+        DECODE: False,
+        "base (known good)": False,
+    }
+    assert floor_of(replace(with_again(BASE), outputs=moved)) == {"alone": True, DECODE: True}
+    assert floor_of(replace(with_again(BASE), outputs=wild)) == {"alone": True, DECODE: False}
+    good = replace(BASE, name="good", scores=moved)
+    assert floor_of(BASE, good) == {DECODE: False, "good (known good)": True}
+    assert floor_of(replace(silent, again={"alone": moved})) == {"alone": True}
+
+
+def test_a_floor_that_is_assumed_has_no_summary() -> None:
+    assert floor_of(BASE) == {DECODE: False}
+    assert replace(report_of(), baseline=BASE).floor_summary is None
+
+
+def test_nan_of_a_free_decode_is_not_finite_and_of_texts_not_compared() -> None:
+    broken = BASE.outputs[0][0]
+    broken = broken._replace(token=broken.token._replace(logprob=math.nan))
+    other = replace(BASE, scores=None, outputs=((broken, *BASE.outputs[0][1:]), BASE.outputs[1]))
+    (view, *_) = token_views(judged(BASE, other, Verdict.DIFFERS), 0)
+    assert view.delta is not None
+    assert math.isnan(view.delta)
+    silent = replace(other, gives_logprobs=False)
+    (view, *_) = token_views(judged(BASE, silent, Verdict.NOT_COMPARED), 0)
+    assert view.delta is None
 
 
 def test_a_target_that_cannot_score_is_compared_up_to_the_first_difference() -> None:

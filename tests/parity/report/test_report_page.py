@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import HOSTILE, judged, run_of, sample, with_token
+from report_samples import HOSTILE, judged, run_of, sample, with_again, with_token
 
 from isomoe.errors import ConfigError
 from isomoe.parity.noise import Noise
@@ -183,6 +183,69 @@ def test_nothing_compared_is_a_page_too(tmp_path: Path) -> None:
     assert "No target was compared." in html
 
 
+def test_the_page_says_what_the_floor_rests_on(tmp_path: Path) -> None:
+    html = written(sample(), tmp_path)
+    assert '<th scope="row">alone</th>' in html
+    assert '<th scope="row">decode against prefill (not counted)</th>' in html
+    base = run_of("base", 1, 3, 2)
+    html = written(Report(baseline=base, source="", rows=(), noise=Noise.of(base)), tmp_path)
+    assert "here nothing is, and the floor is assumed" in html
+
+
 def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing/page\.html: cannot be written"):
         write_page(sample(), tmp_path / "missing" / "page.html")
+
+
+def test_the_tokens_of_a_page_are_those_of_the_runs(tmp_path: Path) -> None:
+    """Log-probabilities in 1/10,000 nat, three digits of each delta, the other's ranks."""
+    report = sample()
+    near = report.rows[1].comparison
+    assert near.other.scores is not None
+    text = list(near.other.scores[2])
+    text[3] = text[3]._replace(rank=4)
+    scores = (*near.other.scores[:2], tuple(text), *near.other.scores[3:])
+    ranked = judged(near.baseline, replace(near.other, scores=scores), Verdict.AGREES)
+    report = replace(report, rows=(report.rows[0], ranked, *report.rows[2:]))
+    data = Page(written(report, tmp_path)).data
+    assert data["rows"][1][2]["r"][3] == 4
+    for shown, row in zip(data["rows"], report.rows[:3], strict=False):
+        ours, theirs = row.comparison.baseline, row.comparison.other
+        assert ours.scores is not None
+        assert theirs.scores is not None
+        for prompt, our, their in zip(shown, ours.scores, theirs.scores, strict=True):
+            assert [data["ids"][token] for token in prompt["t"]] == [
+                place.token.token_id for place in our
+            ]
+            assert prompt["l"] == [round(place.logprob * 10_000) for place in our]
+            assert prompt["r"] == [place.rank for place in their]
+            deltas = [b.logprob - a.logprob for a, b in zip(our, their, strict=True)]
+            assert prompt["d"] == pytest.approx(deltas, rel=0.006)
+    parted = [(at, prompt["at"]) for at, prompt in enumerate(data["rows"][2]) if prompt["o"]]
+    assert (2, 5) in parted
+
+
+def test_a_colour_changes_at_multiples_of_the_noise_floor(tmp_path: Path) -> None:
+    report = sample()
+    assert report.floor_summary is not None
+    p99 = report.floor_summary.p99
+    heat = Page(written(report, tmp_path)).data["heat"]
+    assert heat == pytest.approx([p99, 3 * p99, 10 * p99, 30 * p99], rel=0.06)
+
+
+def test_a_fact_that_is_not_the_baselines_is_marked(tmp_path: Path) -> None:
+    html = written(sample(), tmp_path)
+    assert re.findall(r'<td class="differ">(\w+) ', html) == ["vllm", "near", "far"]
+
+
+def test_charts_draw_sizes_and_not_signs(tmp_path: Path) -> None:
+    base = with_again(run_of("base", 4, 40, 2))
+    far = run_of("far", 4, 40, 2, noise=0.1)
+    row = judged(base, far, Verdict.DIFFERS)
+    forced = row.comparison.forced
+    assert forced is not None
+    html = written(Report(baseline=base, source="", rows=(row,), noise=Noise.of(base)), tmp_path)
+    floor = Report(baseline=base, source="", rows=(row,), noise=Noise.of(base)).floor_summary
+    assert floor is not None
+    assert f"99% are within {forced.p99:.3g} nats" in html
+    assert f"noise floor, p99 {floor.p99:.3g}<" in html

@@ -1,4 +1,5 @@
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,29 @@ def test_markup_in_a_name_is_text() -> None:
     assert "([s])" in text
 
 
+def test_what_is_not_finite_is_a_dash_and_no_0() -> None:
+    base = run_of("base", 1, 3, 2)
+    place = base.outputs[0][0]
+    bad = place._replace(token=place.token._replace(logprob=math.nan))
+    texts = ((bad, *base.outputs[0][1:]),)
+    other = replace(base, name="other", outputs=texts, scores=texts)
+    row = judged(base, other, Verdict.DIFFERS)
+    report = Report(baseline=base, source="", rows=(row,), noise=Noise.of(base))
+    (line,) = (one for one in printed(report, 160).splitlines() if one.startswith("other "))
+    assert "— / — / —" in line
+    assert "0 / 0" not in line
+
+
+def test_no_control_character_reaches_the_terminal() -> None:
+    odd = "\x1b[2J\x07\r\n\u202ex\x9b"
+    base = replace(run_of(odd, 1, 3, 2), facts={"model": odd}, notes=(odd,))
+    row = judged(base, base.with_note(odd), Verdict.DIFFERS, odd)
+    report = Report(baseline=base, source=odd, rows=(row,), noise=Noise.of(base))
+    found = printed(report, 160)
+    assert not any(letter in found for letter in "\x1b\x07\r\u202e\x9b")
+    assert "␛[2J" in found
+
+
 def test_a_floor_that_was_not_measured_is_said_so() -> None:
     base = replace(run_of("base", 1, 3, 2), scores=None)
     row = judged(base, base, Verdict.NOT_COMPARED)
@@ -69,3 +93,14 @@ def test_without_a_terminal_stdout_is_160_columns_wide(
     monkeypatch.setenv("COLUMNS", "40")
     print_report(sample())
     assert "mean / p99 / max" in capsys.readouterr().out
+
+
+def test_each_number_stands_in_its_column() -> None:
+    report = sample()
+    row = report.rows[2].comparison
+    assert row.forced is not None
+    assert row.free.mean != row.forced.mean
+    (line,) = (one for one in printed(report, 160).splitlines() if one.startswith("far "))
+    free, forced = row.free, row.forced
+    assert f"{free.mean:.3g} / {free.most:.3g}  " in line
+    assert f"{forced.mean:.3g} / {forced.p99:.3g} / {forced.most:.3g}  " in line

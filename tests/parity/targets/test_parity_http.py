@@ -1,6 +1,7 @@
 """Servers that answer as they should: what is asked of them, and what is made of it."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from asking import PROMPTS, decode, score, server
 from reply_server import NOT_FOUND, Answer, Question, ReplyServer
 
 from isomoe.errors import ConfigError
-from isomoe.parity.run import ALONE, PAIRS, Prompt
+from isomoe.parity.run import ALONE, PAIRS, Candidate, Place, Prompt
+from isomoe.parity.targets import reading
 from isomoe.parity.targets.base import TargetError
 
 DIALECTS = {"sglang": scripted_model.sglang, "vllm": scripted_model.vllm}
@@ -54,21 +56,28 @@ def test_texts_become_the_servers_own_token_ids(spoken: str) -> None:
 
 def test_a_composition_bounds_the_open_requests(spoken: str) -> None:
     many = tuple(Prompt((number, 1)) for number in range(8))
+    together = threading.Event()
 
     def slowly(question: Question) -> Answer:
+        """Until as many are open as may be: a slow machine opens them late."""
+        if fake.most_open >= most:
+            together.set()
+        together.wait(5)
         answer = DIALECTS[spoken](question)
-        return Answer(document=answer.document, status=answer.status, delay=0.03)
+        return Answer(document=answer.document, status=answer.status, delay=0.01)
 
     for composition, limit, most in (
         (ALONE, 32, 1),
         (PAIRS, 32, 2),
         (PAIRS._replace(batch=8), 3, 3),
     ):
+        together.set()
         with (
             ReplyServer(slowly) as fake,
             server(fake.url, max_concurrency=limit) as target,
         ):
             fake.most_open = 0
+            together.clear()
             decode(target, many, composition=composition)
         assert fake.most_open == most, composition
 
@@ -111,6 +120,26 @@ def test_a_key_is_sent_and_shown_nowhere(spoken: str) -> None:
     assert "secret" not in str(raised.value)
 
 
+def test_a_key_that_a_server_echoes_is_in_no_note_and_no_fact(spoken: str) -> None:
+    def echoes(question: Question) -> Answer:
+        answer = DIALECTS[spoken](question)
+        if question.path == "/v1/models":
+            return replace(answer, document={"data": [{"id": "m", "owned_by": "sk-secret"}]})
+        return answer if answer.status == 200 else replace(answer, document={"error": "sk-secret"})
+
+    with ReplyServer(echoes) as fake, server(fake.url, api_key="sk-secret") as target:
+        assert target.facts()["owned_by"] == "***"
+        assert "sk-secret" not in f"{target.facts()} {target.notes}"
+
+
+def test_a_stand_in_for_a_key_is_blotted_out_of_no_number(spoken: str) -> None:
+    with ReplyServer(DIALECTS[spoken]) as fake:
+        with server(fake.url) as target:
+            expected = decode(target)
+        with server(fake.url, api_key="1") as target:
+            assert decode(target) == expected
+
+
 def test_settings_of_the_server_are_facts_and_its_keys_are_not() -> None:
     with ReplyServer(scripted_model.sglang) as fake, server(fake.url) as target:
         facts = target.facts()
@@ -129,6 +158,14 @@ def test_a_busy_server_is_asked_again(spoken: str) -> None:
     with ReplyServer(busy_once) as fake, server(fake.url) as target:
         assert target.dialect == spoken
     assert refused.is_set()
+
+
+def test_a_token_that_was_added_to_the_candidates_has_no_rank_by_its_place() -> None:
+    """Servers list the likeliest and the token itself, however many are likelier than it."""
+    top = [Candidate(1, None, -0.5), Candidate(2, None, -1.0), Candidate(3, None, -4.0)]
+    assert reading.place(top[2], top, most=2) == Place(top[2], tuple(top[:2]), None)
+    assert reading.place(top[1], top, most=2).rank == 2
+    assert reading.place(top[2], top, most=2, rank=17).rank == 17
 
 
 def test_a_forced_dialect_is_the_only_one_tried() -> None:

@@ -17,6 +17,7 @@ from isomoe.parity.bisect.recorder import jittered
 from isomoe.parity.bisect.stations import Kind, Station
 from isomoe.parity.run import Ids
 from isomoe.parity.targets.base import Stage
+from isomoe.parity.transformers_model import load_model
 
 
 class Reads:
@@ -78,13 +79,15 @@ class TransformersSide:
         """What it sees of the prompts, one at a time in every pass. It remembers that.
 
         Raises:
-            ConfigError: if transformers is not installed, cannot load the model, or names its
-                norms otherwise.
+            TargetError: if transformers is not installed, or cannot load the model.
+            ConfigError: if it names the model's norms otherwise.
         """
         texts = tuple(prompts)
         if texts not in self._seen:
             with self._stage(f"{self.name}: recording"):
-                model = self._load()
+                model = load_model(
+                    self.name, self._path, dtype=self.dtype, device=str(self._info.device)
+                )
                 modules = self._modules(model)
                 self._seen[texts] = {
                     now: self._run(model, modules, now.texts(texts), now is Pass.JITTERED)
@@ -102,20 +105,6 @@ class TransformersSide:
                     "only models that transformers names alike can be bisected"
                 )
         return modules
-
-    def _load(self) -> Any:
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise ConfigError(f"{self.name}: transformers is not installed") from None
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self._path, dtype=getattr(torch, self._info.dtype)
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.name}: transformers cannot load it ({error})") from None
-        model.eval()
-        return model.to(torch.device(self._info.device))
 
     @torch.inference_mode()
     def _run(

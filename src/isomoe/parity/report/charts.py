@@ -9,7 +9,7 @@ from isomoe.parity.compare import quantile
 from isomoe.parity.report.words import number
 
 WIDTH, HEIGHT = 400, 260
-LEFT, RIGHT, TOP, BOTTOM = 50, 392, 24, 212
+LEFT, RIGHT, TOP, BOTTOM = 50, 380, 24, 212
 """The plotting area within it."""
 
 _DECADES = 7
@@ -162,7 +162,7 @@ def _steps(corners: Sequence[float], heights: Iterable[float]) -> str:
 def positions(
     floor: Sequence[Sequence[float]], target: Sequence[Sequence[float]], name: str
 ) -> Chart | None:
-    """Median and 99th percentile of |delta| along the output; None where every delta is 0.
+    """Median and 99th percentile of |delta| along the output; None where too few moved to show.
 
     Args:
         floor, target: |delta| of each prompt's tokens in order, in nats.
@@ -176,6 +176,8 @@ def positions(
         "target": _by_position(target, length, bins),
     }
     values = [value for curve in curves.values() for _, *pair in curve for value in pair]
+    if not any(values):
+        return None
     axis = _Log(values, BOTTOM, TOP, zero=0.1)
 
     def across(middle: float) -> float:

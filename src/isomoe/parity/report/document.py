@@ -41,6 +41,7 @@ def document(report: Report) -> dict[str, Any]:
         "noise_floor": {
             "all": floor and _summary(floor),
             "sources": {source.name: _summary(source.summary) for source in report.floor},
+            "counted": [source.name for source in report.floor if source.is_counted],
             "unit": report.noise.unit,
             "notes": report.noise.notes,
         },

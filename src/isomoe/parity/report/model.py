@@ -29,12 +29,12 @@ class FloorSource:
     Attributes:
         name: what was changed: a batch composition, prefill for decode, or a known-good target.
         deltas: signed, of each prompt, for each of the baseline's output tokens, in nats.
-        is_drawn: whether it is part of the floor in the charts.
+        is_counted: whether the verdict's floor rests on it; the charts draw no other.
     """
 
     name: str
     deltas: tuple[tuple[float, ...], ...]
-    is_drawn: bool = True
+    is_counted: bool
 
     @property
     def summary(self) -> Summary:
@@ -73,31 +73,34 @@ class Report:
 
     @property
     def floor(self) -> tuple[FloorSource, ...]:
-        """Every measurement of the noise floor; none if it was not measured.
-
-        Decode against prefill is drawn only if there is no other: it may be no noise.
-        """
+        """Every measurement of the noise floor; none if it was not measured."""
         baseline = self.baseline
-        if baseline.scores is None:
-            return ()
-        found = [
-            FloorSource(name=name, deltas=_deltas(baseline.scores, texts))
-            for name, texts in baseline.again.items()
-        ]
+        ours = baseline.outputs if baseline.scores is None else baseline.scores
+        found = {name: (name, texts) for name, texts in baseline.again.items()}
+        if baseline.scores is not None:
+            found[DECODE] = (DECODE, baseline.outputs)
         for run in self.noise.known_good:
-            if run.scores is not None:
-                deltas = _deltas(baseline.scores, run.scores)
-                found.append(FloorSource(name=f"{run.name} (known good)", deltas=deltas))
-        decode = _deltas(baseline.scores, baseline.outputs)
-        return (*found, FloorSource(name=DECODE, deltas=decode, is_drawn=not found))
+            theirs = run.outputs if baseline.scores is None else run.scores
+            if theirs is not None:
+                found[run.name] = (f"{run.name} (known good)", theirs)
+        return tuple(
+            FloorSource(
+                name=shown,
+                deltas=_deltas(ours, texts),
+                is_counted=name in self.noise.counted,
+            )
+            for name, (shown, texts) in found.items()
+        )
 
     @property
     def floor_summary(self) -> Summary | None:
-        """Over all sources that are drawn; None if the floor was not measured."""
-        drawn = [source for source in self.floor if source.is_drawn]
-        if not drawn:
+        """Over all sources that are counted; None if there is none."""
+        counted = [source for source in self.floor if source.is_counted]
+        if not counted:
             return None
-        return Summary.of(delta for source in drawn for prompt in source.deltas for delta in prompt)
+        return Summary.of(
+            delta for source in counted for prompt in source.deltas for delta in prompt
+        )
 
     def remarks(self, row: Row) -> tuple[str, ...]:
         """What to know of a target, but for what holds for all of them."""
@@ -167,12 +170,13 @@ def token_views(row: Row, index: int) -> Sequence[TokenView]:
         ]
     shared = row.comparison.prompts[index].common_prefix
     other = theirs.outputs[index]
+    gives = ours.gives_logprobs and theirs.gives_logprobs
     views = []
     for place, our in enumerate(ours.outputs[index]):
         their = other[place] if place <= shared and place < len(other) else None
-        known = place < shared and their is not None
-        delta = their.logprob - our.logprob if known and their is not None else math.nan
-        views.append(TokenView(our, their, None if math.isnan(delta) else delta))
+        known = gives and place < shared and their is not None
+        delta = _finite(their.logprob - our.logprob) if known and their is not None else None
+        views.append(TokenView(our, their, delta))
     return views
 
 
@@ -181,7 +185,7 @@ def _finite(delta: float) -> float:
 
 
 def deltas_of(row: Row) -> list[list[float]]:
-    """The finite deltas of each prompt, by place, as far as they are known without a gap."""
+    """The deltas of each prompt, by place, as far as they are compared; NaN if not finite."""
     if not row.comparison.prompts:
         return []
     return [

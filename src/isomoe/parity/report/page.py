@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from isomoe.errors import ConfigError
 from isomoe.parity.compare import PromptComparison, Summary
+from isomoe.parity.files import write_atomically
 from isomoe.parity.report import charts, words
 from isomoe.parity.report.model import FloorSource, Report, deltas_of, is_forced
 from isomoe.parity.report.tokens import token_data
@@ -79,10 +79,7 @@ def write_page(report: Report, path: Path, decode: words.Decode | None = None) -
     Raises:
         ConfigError: if the file cannot be written.
     """
-    try:
-        path.write_text(page(report, decode), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error})") from None
+    write_atomically(path, page(report, decode))
 
 
 def page(report: Report, decode: words.Decode | None = None) -> str:
@@ -155,7 +152,7 @@ def _targets(report: Report, floor: Sequence[FloorSource]) -> Iterator[_Target]:
 
 def _charts(floor: Sequence[FloorSource], row: Row) -> Iterator[charts.Chart]:
     name = row.comparison.other.name
-    noise = [_sizes(prompt) for source in floor if source.is_drawn for prompt in source.deltas]
+    noise = [_sizes(prompt) for source in floor if source.is_counted for prompt in source.deltas]
     target = [_sizes(prompt) for prompt in deltas_of(row)]
     for chart in (
         charts.distribution([*chain(*noise)], [*chain(*target)], name),

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from isomoe.parity.compare import Summary
 from isomoe.parity.report.model import Report
-from isomoe.parity.report.words import UNKNOWN, number, odds, share, times
+from isomoe.parity.report.words import UNKNOWN, number, odds, one_line, share, times
 from isomoe.parity.verdict import Row, Verdict
 
 WIDE = 120
@@ -45,7 +45,7 @@ def _opening(report: Report) -> str:
     what = ", ".join(
         str(found) for key in ("model", "dtype", "device") if (found := baseline.facts.get(key))
     )
-    return escape(
+    return _escape(
         f"{what or baseline.dialect}: {len(baseline.outputs)} prompts ({report.source}), "
         f"{baseline.num_tokens} tokens decoded greedily by the baseline {baseline.name} "
         f"(mean logprob {number(baseline.mean_logprob)}, {baseline.seconds:.1f} s)"
@@ -78,7 +78,7 @@ def _cells(row: Row, is_wide: bool) -> list[str]:
     colour = _COLOURS[judgement.verdict]
     prompts, tokens = len(comparison.prompts), comparison.baseline.num_tokens
     same_tokens = f"{comparison.common_tokens}/{tokens}" if prompts else UNKNOWN
-    cells = [escape(comparison.other.name), f"[{colour}]{judgement.verdict}[/]"]
+    cells = [_escape(comparison.other.name), f"[{colour}]{judgement.verdict}[/]"]
     if not is_wide:
         return [*cells, same_tokens, _narrow(comparison.forced), times(judgement.effect)]
     return [
@@ -100,6 +100,11 @@ def _narrow(summary: Summary | None) -> str:
     return f"{number(summary.mean)} / {number(summary.most)}"
 
 
+def _escape(text: str) -> str:
+    """A text of ours or a server's as it is: neither markup nor anything that a terminal obeys."""
+    return markup.escape(one_line(text))
+
+
 def _wide(summary: Summary | None) -> str:
     if summary is None or not summary.tokens:
         return UNKNOWN
@@ -107,16 +112,17 @@ def _wide(summary: Summary | None) -> str:
 
 
 def _remarks(report: Report) -> Iterator[str]:
+    yield from (f"Baseline: {_escape(note)}" for note in report.baseline.notes)
     for row in report.rows:
         other = row.comparison.other
         reasons = (reason.removeprefix(f"{other.name}: ") for reason in row.judgement.reasons)
         said = [*reasons, *report.remarks(row)]
-        for index, one in enumerate(said):
-            yield f"  {escape(one)}" if index else f"[bold]{escape(other.name)}[/]: {escape(one)}"
+        for index, one in enumerate(map(_escape, said)):
+            yield f"  {one}" if index else f"[bold]{_escape(other.name)}[/]: {one}"
     for bisection in report.bisections:
         found = bisection.to_json()
-        yield f"[bold]{escape(found['other'])}[/], layer by layer: {escape(found['sentence'])}"
-    yield from (f"Noise floor: {escape(note)}" for note in report.noise.notes)
+        yield f"[bold]{_escape(found['other'])}[/], layer by layer: {_escape(found['sentence'])}"
+    yield from (f"Noise floor: {_escape(note)}" for note in report.noise.notes)
     if not report.noise.is_measured:
         yield "The noise floor was not measured."
     yield (

@@ -70,6 +70,11 @@ def readable(text: str) -> str:
     return "".join(letter if letter in " \n" else _visible(letter) for letter in text)
 
 
+def one_line(text: str) -> str:
+    """A text in one line, whose control characters can be seen instead of being obeyed."""
+    return "".join(letter if letter == " " else _visible(letter) for letter in text)
+
+
 def _visible(letter: str) -> str:
     known = _SIGNS.get(letter)
     if known is not None:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from isomoe.errors import IsomoeError
-from isomoe.parity.run import Composition, Prompt, Text
+from isomoe.parity.run import Composition, Ids, Prompt, Text, token_ids
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
@@ -21,6 +21,20 @@ class TargetError(IsomoeError):
 
     The message begins with the target's name. Nothing is concluded from such a target.
     """
+
+
+def given_ids(output: Text, name: str) -> Ids:
+    """The ids of tokens that the target of this name is to score.
+
+    Raises:
+        TargetError: if the baseline tells none.
+    """
+    found = token_ids(output)
+    if found is None:
+        raise TargetError(
+            f"{name}: scores token ids, and the baseline tells none; take a baseline that does"
+        )
+    return found
 
 
 class Target(ABC):

@@ -1,15 +1,15 @@
 """Finds out which dialect a server speaks: the first whose tiny request it answers as it should."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from isomoe.errors import ConfigError
 from isomoe.parity.run import Text
 from isomoe.parity.targets.dialect import Asked, Dialect, Scorer
-from isomoe.parity.targets.http_client import JsonClient, Refused
+from isomoe.parity.targets.http_client import Barred, JsonClient, Refused
 from isomoe.parity.targets.openai_chat import Chat
 from isomoe.parity.targets.openai_completions import Completions
-from isomoe.parity.targets.reading import BadReply, OtherForm, ReadOtherwise
+from isomoe.parity.targets.reading import BadReply, OtherForm, ReadOtherwise, understood
 from isomoe.parity.targets.sglang import SGLang
 from isomoe.parity.targets.text_only import TextChat, TextCompletions
 from isomoe.parity.targets.vllm import VLLM
@@ -61,13 +61,16 @@ async def detect(client: JsonClient, model: str | None, forced: str | None) -> S
     if forced is not None and forced not in NAMES:
         raise ConfigError(f"--dialect {forced}: must be one of {', '.join(NAMES)}")
     refusals: dict[str, str] = {}
+    barred: str | None = None
     for dialect in DIALECTS:
         if forced not in (None, dialect.name):
             continue
         try:
             request = dialect.request(model, dialect.sample, _ASKED)
             reply = await client.ask(*request)
-            output = dialect.read(reply, dialect.sample, _ASKED)
+            output = _read(dialect, reply)
+        except Barred as error:
+            barred = barred or str(error)
         except (Refused, OtherForm) as error:
             refusals.setdefault(dialect.name, str(error))
         except BadReply as error:
@@ -75,6 +78,8 @@ async def detect(client: JsonClient, model: str | None, forced: str | None) -> S
         else:
             scorer, why_not = await _scorer(client, model, dialect, output)
             return Spoken(dialect, scorer, why_not)
+    if barred is not None:
+        raise client.error(barred)
     raise client.error(f"speaks no known dialect ({_listed(refusals.items())})")
 
 
@@ -85,7 +90,7 @@ async def _scorer(
     for scorer in dialect.scorers():
         try:
             reply = await client.ask(*scorer.request(model, dialect.sample, output, _ASKED.top))
-            scorer.read(reply, dialect.sample, output, _ASKED.top)
+            _scored(scorer, dialect, reply, output)
         except (Refused, OtherForm, ConfigError) as error:
             why_not = str(error)
         except ReadOtherwise:
@@ -95,6 +100,14 @@ async def _scorer(
         else:
             return scorer, ""
     return None, why_not
+
+
+def _read(dialect: Dialect, reply: Any) -> Text:
+    return understood(lambda: dialect.read(reply, dialect.sample, _ASKED))
+
+
+def _scored(scorer: Scorer, dialect: Dialect, reply: Any, output: Text) -> Text:
+    return understood(lambda: scorer.read(reply, dialect.sample, output, _ASKED.top))
 
 
 def _listed(refusals: Iterable[tuple[str, str]]) -> str:

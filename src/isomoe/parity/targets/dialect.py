@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 from isomoe.errors import ConfigError
-from isomoe.parity.run import Ids, Prompt, Text
+from isomoe.parity.run import Ids, Prompt, Text, token_ids
 
 
 class Request(NamedTuple):
@@ -127,9 +127,9 @@ def ids_of(prompt: Prompt, output: Text) -> Ids:
     Raises:
         ConfigError: if either has none.
     """
-    found = tuple(each.token.token_id for each in output)
-    if prompt.token_ids is None or None in found:
+    found = token_ids(output)
+    if prompt.token_ids is None or found is None:
         raise ConfigError(
             "this server scores token ids, and the baseline tells none; take a baseline that does"
         )
-    return (*prompt.token_ids, *(each for each in found if each is not None))
+    return (*prompt.token_ids, *found)

@@ -10,12 +10,12 @@ from isomoe.config import EngineConfig
 from isomoe.engine import LLM, SamplingParams
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.outputs import TokenLogprob
-from isomoe.errors import ConfigError, EngineDeadError
+from isomoe.errors import ConfigError, IsomoeError
 from isomoe.layout import MACHINES, Parallelism, make_plan
 from isomoe.models import build
 from isomoe.parity.inject import instrument_of
 from isomoe.parity.run import Candidate, Composition, Ids, Place, Prompt, Text
-from isomoe.parity.targets.base import Progress, Stage, Target, TargetError
+from isomoe.parity.targets.base import Progress, Stage, Target, TargetError, given_ids
 
 
 class EngineTarget(Target):
@@ -59,7 +59,10 @@ class EngineTarget(Target):
 
     def __enter__(self) -> Self:
         with self._stage(f"{self.name}: loading") as progress:
-            self._llm = LLM.from_config(self._config, progress)
+            try:
+                self._llm = LLM.from_config(self._config, progress)
+            except IsomoeError as error:
+                raise TargetError(f"{self.name}: {error}") from None
         return self
 
     def __exit__(
@@ -102,7 +105,7 @@ class EngineTarget(Target):
             logprobs=top,
             detokenize=False,
         )
-        found = self._run([_ids(prompt) for prompt in prompts], params, composition, progress)
+        found = self._run(list(map(self._ids, prompts)), params, composition, progress)
         return [tuple(map(_place, output.logprobs or ())) for output in found]
 
     def score(
@@ -116,7 +119,7 @@ class EngineTarget(Target):
     ) -> list[Text]:
         params = SamplingParams(max_tokens=0, prompt_logprobs=top, detokenize=False)
         texts = [
-            (*_ids(prompt), *_ids_of(output))
+            (*self._ids(prompt), *given_ids(output, self.name))
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
         found = self._run(texts, params, composition, progress)
@@ -151,24 +154,16 @@ class EngineTarget(Target):
                 answers.update(zip(batch, found, strict=True))
                 if progress is not None and whole is None:
                     progress(len(answers), len(texts))
-        except EngineDeadError as error:
+        except IsomoeError as error:
             raise TargetError(f"{self.name}: {error}") from None
         return [answers[index] for index in range(len(texts))]
 
-
-def _ids(prompt: Prompt) -> Ids:
-    if prompt.token_ids is None:
-        raise ConfigError("the engine takes token ids, and there is no tokenizer for the prompts")
-    return prompt.token_ids
-
-
-def _ids_of(output: Text) -> Ids:
-    found = tuple(place.token.token_id for place in output)
-    if None in found:
-        raise ConfigError(
-            "the baseline tells no token ids, which the engine needs: put the engine first"
-        )
-    return found  # type: ignore[return-value]
+    def _ids(self, prompt: Prompt) -> Ids:
+        if prompt.token_ids is None:
+            raise TargetError(
+                f"{self.name}: takes token ids, and there is no tokenizer for the prompts"
+            )
+        return prompt.token_ids
 
 
 def _place(token: TokenLogprob) -> Place:

@@ -4,16 +4,15 @@ import asyncio
 import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-from isomoe.bench import HttpClient, Url
-from isomoe.bench.http import Response, ResponseError
 from isomoe.errors import ConfigError
+from isomoe.http import HttpClient, Response, ResponseError, Url
 from isomoe.parity.targets.base import TargetError
 from isomoe.parity.targets.reading import OtherForm, short
 
@@ -22,6 +21,9 @@ MAX_TRIES = 6
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _LOCKED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _PAGE_SECONDS = 10.0
+_BLOT = "***"
+_LEAST_SECRET = 6
+"""A shorter key is a stand-in that servers ask for, and may be part of any number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,14 @@ class Refused(Exception):
     """The server answered with an error of HTTP."""
 
 
+class Barred(Refused):
+    """It wants another key, or sends its clients elsewhere: no other question would help."""
+
+
+class _Busy(Refused):
+    """It says that it is busy, however often it is asked."""
+
+
 class JsonClient:
     """One server, asked for JSON.
 
@@ -78,7 +88,7 @@ class JsonClient:
         )
 
     async def page(self, path: str) -> Any:
-        """One of the server's small pages; None if it has none, or none in JSON.
+        """One of the server's small pages; None if it does not give it, or not in JSON.
 
         Raises:
             TargetError: if the server cannot be reached, or does not answer.
@@ -96,7 +106,10 @@ class JsonClient:
             OtherForm: if the answer is no JSON.
             TargetError: if the server cannot be reached, breaks off, or does not answer in time.
         """
-        return await self._ask(path, json.dumps(body).encode(), self._settings.timeout_seconds)
+        try:
+            return await self._ask(path, json.dumps(body).encode(), self._settings.timeout_seconds)
+        except _Busy as error:
+            raise self.error(str(error)) from None
 
     def close(self) -> None:
         """Closes its connections."""
@@ -104,23 +117,41 @@ class JsonClient:
 
     def error(self, message: str) -> TargetError:
         """An error that names the target and holds no key."""
-        key = self._settings.api_key
-        return TargetError(f"{self._name}: {message.replace(key, '***') if key else message}")
+        key = self._secret
+        return TargetError(f"{self._name}: {message.replace(key, _BLOT) if key else message}")
+
+    @property
+    def _secret(self) -> str:
+        key = self._settings.api_key or ""
+        return key if len(key) >= _LEAST_SECRET else ""
 
     async def _ask(self, path: str, body: bytes | None, limit: float) -> Any:
         until = time.monotonic() + limit
-        for tried in range(MAX_TRIES):
-            response = await self._exchange(path, body, limit)
+        for tried in range(1, MAX_TRIES + 1):
+            response = self._without_key(await self._exchange(path, body, limit))
             if response.status not in _BUSY:
                 return self._read(path, response)
+            if tried == MAX_TRIES:
+                break
             wait = _wait_seconds(response, tried)
             if time.monotonic() + wait > until:
-                raise self.error(
+                raise _Busy(
                     f"{path}: {_problem(response)}; it asks to wait {wait:g} s, and the limit of "
                     f"all waits is {limit:g} s"
                 )
             await asyncio.sleep(wait)
-        raise self.error(f"{path}: {_problem(response)}, {MAX_TRIES} times in a row")
+        raise _Busy(f"{path}: {_problem(response)}, {MAX_TRIES} times in a row")
+
+    def _without_key(self, response: Response) -> Response:
+        """The same, with the API key blotted out: servers echo it, and what they say is kept."""
+        key = self._secret
+        if not key:
+            return response
+        body = response.body
+        for written in {key, json.dumps(key)[1:-1]}:
+            body = body.replace(written.encode(), _BLOT.encode())
+        headers = {name: value.replace(key, _BLOT) for name, value in response.headers.items()}
+        return replace(response, body=body, headers=headers)
 
     async def _exchange(self, path: str, body: bytes | None, limit: float) -> Response:
         try:
@@ -142,13 +173,13 @@ class JsonClient:
         status = response.status
         if status in _LOCKED:
             lacking = "takes another API key" if self._settings.api_key else "asks for an API key"
-            raise self.error(
+            raise Barred(
                 f"{path}: {_problem(response)}; the server {lacking}, and --api-key-env NAME names "
                 "the environment variable that holds it"
             )
         if 300 <= status < 400:
             where = response.headers.get("location", "").partition("?")[0]
-            raise self.error(
+            raise Barred(
                 f"{path}: {status}, a redirect to {short(where)}, and none is followed; give the "
                 "address that it leads to"
             )
@@ -182,7 +213,8 @@ def _url(text: str) -> Url:
             raise
     except ValueError:
         pass
-    shown = re.split("[?#]", text)[0]
+    # What stands before an @ may be a password, wherever a parser would cut.
+    shown = f"{text.partition('//')[0]}//***" if "@" in text else re.split("[?#]", text)[0]
     raise ConfigError(f"target {shown!r}: must be like http://127.0.0.1:30000, without a query")
 
 
@@ -193,8 +225,8 @@ def _wait_seconds(response: Response, tried: int) -> float:
         return float(asked)
     try:
         return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return 0.5 * 2.0**tried
+    except (ValueError, TypeError, OverflowError):
+        return 2.0**tried / 4
 
 
 def _problem(response: Response) -> str:

@@ -11,7 +11,7 @@ from isomoe.parity.targets.base import Progress, Stage, Target
 from isomoe.parity.targets.detect import Spoken, detect
 from isomoe.parity.targets.dialect import Asked, Request
 from isomoe.parity.targets.http_client import HttpSettings, JsonClient, Refused
-from isomoe.parity.targets.reading import BadReply, short
+from isomoe.parity.targets.reading import BadReply, short, understood
 from isomoe.parity.targets.server_pages import ServerPages, listed_models, read_pages
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class HttpTarget(Target):
         return self._run(self._all(one, len(prompts), composition, progress))
 
     async def _start(self) -> None:
-        self._pages = await read_pages(self._client)
+        self._pages = await read_pages(self._client, self._model)
         notes = []
         if self._model is None and self._pages.models:
             self._model = self._pages.models[0]
@@ -164,7 +164,7 @@ class HttpTarget(Target):
         """One exchange, checked: what came, and that it came from the same model as before."""
         try:
             reply = await self._client.ask(*request)
-            found = read(reply)
+            found = understood(lambda: read(reply))
         except (Refused, BadReply) as error:
             raise self._client.error(f"{what}: {error}") from None
         served = self._known().dialect.served(reply)
@@ -211,7 +211,7 @@ class HttpTarget(Target):
         if self._model not in self._pages.models:
             return
         listed = await listed_models(self._client)
-        if self._model not in listed:
+        if listed is not None and self._model not in listed:
             raise self._client.error(f"served {short(self._model)}, and lists {short(listed)} now")
 
     def _request(self, make: Callable[[], Request]) -> Request:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from isomoe.errors import ConfigError
-from isomoe.parity.run import Candidate, Ids, Place, Prompt, Text
+from isomoe.parity.run import Candidate, Ids, Place, Prompt, Text, token_ids
 from isomoe.parity.targets.dialect import (
     SAMPLE_IDS,
     SAMPLE_TEXT,
@@ -118,10 +118,10 @@ class EchoScorer(Scorer):
 
     def _ids(self, prompt: Prompt, output: Text) -> Ids | None:
         """Both as ids, where the server takes them and all are known."""
-        known = [each.token.token_id for each in output]
-        if not self.takes_ids or prompt.token_ids is None or None in known:
+        known = token_ids(output)
+        if not self.takes_ids or prompt.token_ids is None or known is None:
             return None
-        return (*prompt.token_ids, *(each for each in known if each is not None))
+        return (*prompt.token_ids, *known)
 
 
 def _as_sent(found: Place, token_id: int) -> Place:

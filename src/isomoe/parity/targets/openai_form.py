@@ -17,11 +17,14 @@ from isomoe.parity.targets.reading import (
     place,
     same_length,
     short,
+    token_id_of,
 )
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 _AS_ID = "token_id:"
+_MOST_DIGITS = 12
+"""Of a token id; `int` refuses texts of thousands."""
 
 
 def body_of(model: str | None, max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def places_of(logprobs: Any, top: int, start: int = 0, stop: int | None = None) 
         return tuple(_place_of(each, top) for each in logprobs["content"][start:stop])
     tokens = member(logprobs, "tokens", list)
     values = member(logprobs, "token_logprobs", list)
-    listed = logprobs.get("top_logprobs") or [None] * len(tokens)
+    listed = _list_of(logprobs.get("top_logprobs")) or [None] * len(tokens)
     same_length(tokens=tokens, token_logprobs=values, top_logprobs=listed)
     rows = list(zip(tokens, values, listed, strict=True))[start:stop]
     return tuple(_place_of_lists(*row, top) for row in rows)
@@ -62,7 +65,8 @@ def token_of(text: Any) -> tuple[int | None, str | None]:
     if not isinstance(text, str):
         raise OtherForm(f"a token is {short(text)}, and should be a text")
     number = text.removeprefix(_AS_ID)
-    return (int(number), None) if number != text and number.isdecimal() else (None, text)
+    is_id = number != text and number.isdecimal() and len(number) <= _MOST_DIGITS
+    return (token_id_of(int(number)), None) if is_id else (None, text)
 
 
 def with_ids(places: Text, token_ids: list[Any]) -> Text:
@@ -76,8 +80,7 @@ def with_ids(places: Text, token_ids: list[Any]) -> Text:
 
 
 def _with_id(found: Place, token_id: Any) -> Place:
-    if not isinstance(token_id, int) or isinstance(token_id, bool):
-        raise OtherForm(f"a token id is {short(token_id)}, and should be an integer")
+    token_id = token_id_of(token_id)
     if found.token.token_id not in (None, token_id):
         raise BadReply(f"token {found.token.token_id} has the id {token_id} elsewhere in the reply")
     token = found.token._replace(token_id=token_id)
@@ -87,14 +90,22 @@ def _with_id(found: Place, token_id: Any) -> Place:
 
 def _place_of_lists(text: Any, logprob: Any, listed: Any, top: int) -> Place:
     token = Candidate(*token_of(text), logprob_of(logprob))
+    if not isinstance(listed, dict | None):
+        raise OtherForm(f"the candidates of a place are {short(listed)}, and should be an object")
     known = candidates((*token_of(one), value) for one, value in (listed or {}).items())
     return place(token, known, top)
 
 
 def _place_of(item: Any, top: int) -> Place:
-    known = candidates(map(_item, item.get("top_logprobs") or []))
     token_id, text, logprob = _item(item)
+    known = candidates(map(_item, _list_of(item.get("top_logprobs"))))
     return place(Candidate(token_id, text, logprob_of(logprob)), known, top)
+
+
+def _list_of(value: Any) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise OtherForm(f"'top_logprobs' is {short(value)}, and should be a list")
+    return value or []
 
 
 def _item(item: Any) -> tuple[int | None, str | None, Any]:
@@ -102,4 +113,4 @@ def _item(item: Any) -> tuple[int | None, str | None, Any]:
         raise OtherForm(f"{short(item)} stands where a token with its log-probability should")
     token_id, text = token_of(item.get("token"))
     found = item.get("id")
-    return (found if isinstance(found, int) else token_id), text, item.get("logprob")
+    return (token_id_of(found) if type(found) is int else token_id), text, item.get("logprob")

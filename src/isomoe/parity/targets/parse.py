@@ -62,9 +62,14 @@ def target_of(text: str, settings: TargetSettings) -> Target | SavedRun:
 
         return EngineTarget(text, settings.engine, settings.info(), settings.stage)
     raise ConfigError(
-        f"target {text!r}: is none; http://127.0.0.1:30000 would be a server, hf:PATH a checkpoint "
-        "in transformers, file:RUN.json a saved run, tp2,dp2 a layout of this engine"
+        f"target {shown(text)!r}: is none; http://127.0.0.1:30000 would be a server, hf:PATH a "
+        "checkpoint in transformers, file:RUN.json a saved run, tp2,dp2 a layout of this engine"
     )
+
+
+def shown(text: str) -> str:
+    """What the user typed, less what stands before an @: it may be a password."""
+    return re.sub(r".*@", "***@", text)
 
 
 def is_layout(text: str) -> bool:

@@ -1,15 +1,20 @@
 """Reads the replies of servers, and takes nothing on trust."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from isomoe.errors import ConfigError
 from isomoe.parity.run import Candidate, Place, Text
 
 T = TypeVar("T")
 
 MOST_LOGPROB = 1e-3
 """A log-probability is at most 0; softmax in low precision may round it a little above."""
+MOST_ID = 1 << 31
+"""No vocabulary is so large."""
+_MOST_INT = 1 << 53
+"""Whole numbers below it are floats, too."""
 _FINISHED = ("stop", "length")
 
 
@@ -23,6 +28,27 @@ class OtherForm(BadReply):
 
 class ReadOtherwise(BadReply):
     """A server that takes texts read one as other tokens than it was made of."""
+
+
+def understood(read: Callable[[], T]) -> T:
+    """What `read` makes of a reply.
+
+    Raises:
+        OtherForm: also if it stumbles over a type or a number that nobody thought of.
+    """
+    try:
+        return read()
+    except ConfigError:
+        raise
+    except (
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise OtherForm(f"the reply cannot be read ({type(error).__name__})") from None
 
 
 def member(document: Any, name: str, kind: type[T]) -> T:
@@ -60,11 +86,23 @@ def logprob_of(value: Any) -> float:
     Raises:
         BadReply: if it is none: null, NaN, infinite or positive.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_known = type(value) is float and math.isfinite(value)
+    if not is_known and not (type(value) is int and abs(value) < _MOST_INT):
         raise BadReply(f"a log-probability is {short(value)}, and should be a finite number")
     if value > MOST_LOGPROB:
         raise BadReply(f"a log-probability is {value:g}, and cannot be positive")
     return float(value)
+
+
+def token_id_of(value: Any) -> int:
+    """A token id.
+
+    Raises:
+        OtherForm: if it is none.
+    """
+    if type(value) is not int or not 0 <= value < MOST_ID:
+        raise OtherForm(f"a token id is {short(value)}, and should be a whole number from 0")
+    return value
 
 
 def candidates(found: Iterable[tuple[int | None, str | None, Any]]) -> list[Candidate]:
@@ -85,11 +123,13 @@ def place(token: Candidate, top: Sequence[Candidate], most: int, rank: int | Non
     """A token in its place, with at most `most` candidates.
 
     Args:
-        rank: as the server tells it; None takes it from the candidates, if the token is one.
+        rank: as the server tells it; None takes it from the likeliest `most`, if the token is one.
+            (Servers add the token itself to its candidates, however many are likelier.)
     """
-    if rank is None and any(one.is_token_of(token) for one in top):
-        rank = 1 + sum(one.logprob > token.logprob for one in top)
-    return Place(token, tuple(top[:most]), rank)
+    likeliest = tuple(top[:most])
+    if rank is None and any(one.is_token_of(token) for one in likeliest):
+        rank = 1 + sum(one.logprob > token.logprob for one in likeliest)
+    return Place(token, likeliest, rank)
 
 
 def same_length(**lists: Sequence[Any]) -> None:
@@ -175,6 +215,9 @@ def _spelling(token: Candidate) -> str:
 
 def short(value: Any) -> str:
     """A value as a message shows it: one line of bounded length, in printable characters."""
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else repr(value)
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        text = type(value).__name__
     text = "".join(each if each.isprintable() else "?" for each in text)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -30,7 +30,14 @@ class SavedRun:
         """
         return cls(name=name, run=Run.load(path))
 
-    def answer(self, prompts: Sequence[Prompt], *, max_tokens: int, reference: Run | None) -> Run:
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        ignore_eos: bool,
+        reference: Run | None,
+    ) -> Run:
         """What it says of these prompts, in their order.
 
         Args:
@@ -40,11 +47,20 @@ class SavedRun:
                 was saved scored another's tokens.)
 
         Raises:
-            TargetError: if it is of other prompts, or was not completed.
+            TargetError: if it is of other prompts, was asked otherwise, or was not completed.
         """
         saved = self.run
         if saved.error is not None:
             raise TargetError(f"{self.name}: the saved run was not completed ({saved.error})")
+        if saved.ignore_eos not in (None, ignore_eos):
+            how = "with" if saved.ignore_eos else "without"
+            raise TargetError(f"{self.name}: was decoded {how} --ignore-eos; ask all targets so")
+        most = max_tokens if saved.max_tokens is None else saved.max_tokens
+        if reference is not None and most < max_tokens:
+            raise TargetError(
+                f"{self.name}: was saved with --max-tokens {most}; --max-tokens {most} for all "
+                "targets would work"
+            )
         places = [self._place_of(index, prompt) for index, prompt in enumerate(prompts)]
         lengths = [max_tokens] * len(places)
         found = replace(
@@ -54,6 +70,8 @@ class SavedRun:
             outputs=self._cut(saved.outputs, places, lengths),
             scores=None,
             again={},
+            max_tokens=saved.max_tokens and min(most, max_tokens),
+            alone=self._alone(places),
         ).with_note(f"answers of {saved.name}, saved earlier")
         if saved.scores is None:
             return found
@@ -67,6 +85,14 @@ class SavedRun:
             )
         again = {name: self._cut(texts, places, lengths) for name, texts in saved.again.items()}
         return replace(found, scores=scores, again=again)
+
+    def _alone(self, places: Sequence[int]) -> int | None:
+        """How many of the last of these were sent one at a time; None if others were, too."""
+        if self.run.alone is None:
+            return None
+        first = len(self.run.prompts) - self.run.alone
+        found = [place >= first for place in places]
+        return sum(found) if found == sorted(found) else None
 
     def _place_of(self, index: int, prompt: Prompt) -> int:
         for place, known in enumerate(self.run.prompts):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from isomoe.parity.targets.base import TargetError
 from isomoe.parity.targets.http_client import JsonClient
 
 _MODELS = "/v1/models"
@@ -49,31 +50,40 @@ class ServerPages(NamedTuple):
     facts: Mapping[str, Any]
 
 
-async def read_pages(client: JsonClient) -> ServerPages:
+async def read_pages(client: JsonClient, model: str | None) -> ServerPages:
     """Reads a server's pages, those of vLLM and SGLang among them, as far as it has them.
+
+    Args:
+        model: whose facts are wanted; None takes the first that is listed.
 
     Raises:
         TargetError: if it cannot be reached, or does not answer.
     """
     listed = _objects(_at(await client.page(_MODELS), "data"))
-    facts = _chosen(listed[0], _OF_MODEL) if listed else {}
-    version = _at(await client.page("/version"), "version")
+    wanted = (each for each in listed if model is None or each.get("id") == model)
+    facts = _chosen(next(wanted, None), _OF_MODEL)
+    version = _at(await _optional(client, "/version"), "version")
     if isinstance(version, str):
         facts["version"] = version
     for path in ("/server_info", "/get_server_info"):
-        if found := _chosen(await client.page(path), _OF_SERVER):
+        if found := _chosen(await _optional(client, path), _OF_SERVER):
             facts |= found
             break
     return ServerPages(models=_names(listed), facts=facts)
 
 
-async def listed_models(client: JsonClient) -> tuple[str, ...]:
-    """The models that a server lists now.
+async def listed_models(client: JsonClient) -> tuple[str, ...] | None:
+    """The models that a server lists now; None if it does not tell."""
+    page = await _optional(client, _MODELS)
+    return None if page is None else _names(_objects(_at(page, "data")))
 
-    Raises:
-        TargetError: as `read_pages`.
-    """
-    return _names(_objects(_at(await client.page(_MODELS), "data")))
+
+async def _optional(client: JsonClient, path: str) -> Any:
+    """A page that a server may well hang on."""
+    try:
+        return await client.page(path)
+    except TargetError:
+        return None
 
 
 def _names(listed: list[dict[str, Any]]) -> tuple[str, ...]:

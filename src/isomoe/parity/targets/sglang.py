@@ -30,6 +30,7 @@ from isomoe.parity.targets.reading import (
     place,
     same_length,
     short,
+    token_id_of,
 )
 
 _PATH = "/generate"
@@ -182,7 +183,5 @@ def _entry(value: Any) -> tuple[Any, int, str | None]:
     """(logprob, token id, text) of what stands for one token."""
     if not isinstance(value, list | tuple) or len(value) < 2:
         raise OtherForm(f"{short(value)} stands where [logprob, token id, text] should")
-    if not isinstance(value[1], int) or isinstance(value[1], bool):
-        raise OtherForm(f"a token id is {short(value[1])}, and should be an integer")
     text = value[2] if len(value) > 2 else None
-    return value[0], value[1], text if isinstance(text, str) else None
+    return value[0], token_id_of(value[1]), text if isinstance(text, str) else None

@@ -1,21 +1,19 @@
 """Servers of OpenAI's API that tell no log-probabilities: texts can be compared, deltas cannot."""
 
-import math
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from isomoe.parity.run import Candidate, Place, Prompt, Text
+from isomoe.parity.run import Prompt, Text
 from isomoe.parity.targets.dialect import SAMPLE_TEXT, Asked, Dialect, Request, text_of
 from isomoe.parity.targets.openai_chat import CHAT_NOTE
 from isomoe.parity.targets.openai_form import CHAT, COMPLETIONS, body_of
 from isomoe.parity.targets.reading import check_finished, member, only_choice
+from isomoe.parity.words import words_of
 
 _NOTE = (
     "no log-probabilities and no tokens, only texts: deltas are not comparable, and a place is a "
     "word"
 )
-_WORDS = re.compile(r"\s*\S+|\s+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +67,5 @@ class TextChat(Dialect):
 
 
 def _words(text: str, finished: Any) -> Text:
-    """Word by word, each with the blanks before it: joined, they are the text again."""
     check_finished(finished)
-    return tuple(Place(Candidate(None, each, math.nan)) for each in _WORDS.findall(text))
+    return words_of(text)

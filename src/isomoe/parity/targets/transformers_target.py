@@ -1,5 +1,6 @@
 """A causal language model of transformers, in this process."""
 
+import gc
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,9 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from isomoe.config import Device, DType
-from isomoe.errors import ConfigError
 from isomoe.parity.run import Candidate, Composition, Ids, Place, Prompt, Text
-from isomoe.parity.targets.base import Progress, Stage, Target, TargetError
+from isomoe.parity.targets.base import Progress, Stage, Target, TargetError, given_ids
+from isomoe.parity.transformers_model import load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,11 +44,7 @@ class TransformersTarget(Target):
 
     def __enter__(self) -> Self:
         with self._stage(f"{self.name}: loading"):
-            try:
-                self._load()
-            except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise TargetError(f"{self.name}: transformers cannot load it ({reason})") from None
+            self._load()
         return self
 
     def __exit__(
@@ -56,7 +53,12 @@ class TransformersTarget(Target):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        import torch
+
         self._model = self._tokenizer = None
+        gc.collect()  # modules hold one another
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the next target needs
 
     def facts(self) -> Mapping[str, Any]:
         import torch
@@ -105,7 +107,7 @@ class TransformersTarget(Target):
         composition: Composition,
         progress: Progress | None = None,
     ) -> list[Text]:
-        given = [_ids_of(output, self.name) for output in outputs]
+        given = [given_ids(output, self.name) for output in outputs]
         texts = [(*self._ids(prompt), *ids) for prompt, ids in zip(prompts, given, strict=True)]
 
         def score(batch: list[int]) -> list[Text]:
@@ -117,32 +119,24 @@ class TransformersTarget(Target):
 
     def _load(self) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as hf_logging
 
-        logging: Any = hf_logging
         device = str(self._device)
         if self._device is Device.AUTO:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # the stage shows one
+        self._model = load_model(self.name, self._path, dtype=str(self._dtype), device=device)
+        self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self._path, dtype=str(self._dtype))
-            self._model = model.to(device).eval()
-            self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-        try:
+            from transformers import AutoTokenizer
+
             self._tokenizer = AutoTokenizer.from_pretrained(self._path)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError):
             self.notes = ("no tokenizer: tokens are shown as ids",)
 
     def _ids(self, prompt: Prompt) -> Ids:
         if prompt.token_ids is not None:
             return prompt.token_ids
         if prompt.text is None or self._tokenizer is None:
-            raise ConfigError(f"{self.name}: there is no tokenizer for the prompts")
+            raise TargetError(f"{self.name}: there is no tokenizer for the prompts")
         return tuple(self._tokenizer(prompt.text)["input_ids"])
 
     def _end_ids(self) -> frozenset[int]:
@@ -268,12 +262,3 @@ class TransformersTarget(Target):
         if token_id not in self._spelling:
             self._spelling[token_id] = self._tokenizer.decode([token_id])
         return Candidate(token_id, self._spelling[token_id], logprob)
-
-
-def _ids_of(output: Text, name: str) -> Ids:
-    found = [place.token.token_id for place in output]
-    if None in found:
-        raise ConfigError(
-            f"{name}: scores token ids, and the baseline tells none; take a baseline that does"
-        )
-    return tuple(each for each in found if each is not None)

@@ -32,6 +32,7 @@ from isomoe.parity.targets.reading import (
     only_choice,
     place,
     short,
+    token_id_of,
 )
 
 _MOST = 20
@@ -128,23 +129,23 @@ class VLLMEncoder(Encoder):
 
     def read(self, reply: Any) -> Ids:
         ids = member(reply, "tokens", list)
-        if not ids or not all(type(each) is int for each in ids):
-            raise OtherForm(f"'tokens' is {short(ids)}, and should be token ids")
-        return tuple(ids)
+        if not ids:
+            raise OtherForm("'tokens' is empty")
+        return tuple(map(token_id_of, ids))
 
 
 def _scored(listed: Any, token_id: int, top: int) -> Place:
     if not isinstance(listed, dict):
         raise BadReply(f"{short(listed)} stands where a token's log-probabilities should")
-    own = listed.get(str(token_id))
-    if own is None:
+    if str(token_id) not in listed:
         raise BadReply(f"token {token_id} was sent, and others were scored: {short(list(listed))}")
+    own = member(listed, str(token_id), dict)
     known = candidates(
-        (int(one), _text(value), value.get("logprob"))
+        (token_id_of(int(one)), _text(value), value.get("logprob"))
         for one, value in listed.items()
         if one.isdecimal() and isinstance(value, dict)
     )
-    rank = member(listed, str(token_id), dict).get("rank")
+    rank = own.get("rank")
     token = Candidate(token_id, _text(own), logprob_of(own.get("logprob")))
     return place(token, known, top, rank if type(rank) is int else None)
 
