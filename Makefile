@@ -1,6 +1,8 @@
 # Two commands do everything: `make demo` and `make test`. Both install what they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes, whole files each: many tests wait for processes of their own.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: install demo test test-slow check prove models bench clean
 
@@ -21,10 +23,10 @@ demo: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
 
 test: .venv/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-slow: .venv/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 check: test
 	$(BIN)/ruff check .

@@ -2,12 +2,12 @@
 
 import argparse
 
-from isomoe.cli import bench_kernel, bench_offline, bench_serve
+from isomoe.cli import bench_comm, bench_kernel, bench_offline, bench_serve
 
 NAME = "bench"
 HELP = "Measure the engine, its kernels, or a server."
 
-_MEASUREMENTS = (bench_offline, bench_kernel, bench_serve)
+_MEASUREMENTS = (bench_offline, bench_kernel, bench_comm, bench_serve)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

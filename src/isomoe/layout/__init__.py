@@ -1,7 +1,16 @@
 """Layout algebra: mesh, placements, moves, rows, cost and plan. Imports no torch."""
 
 from isomoe.layout.chain import BlockSpec, Chain, ReadSpec, Variant
-from isomoe.layout.cost import GLOO, H100, MACHINES, CostModel, Machine
+from isomoe.layout.cost import (
+    MACHINES,
+    CostModel,
+    FittedLink,
+    Link,
+    Machine,
+    Rate,
+    Rates,
+    ring_share,
+)
 from isomoe.layout.mesh import Axes, Mesh, Seat
 from isomoe.layout.moves import Move, Op, cheapest
 from isomoe.layout.parallelism import Parallelism
@@ -11,15 +20,15 @@ from isomoe.layout.planner import Choice, Planner, make_plan
 from isomoe.layout.rows import LogitsRows, Rows, TokenRows
 
 __all__ = [
-    "GLOO",
-    "H100",
     "MACHINES",
     "Axes",
     "BlockSpec",
     "Chain",
     "Choice",
     "CostModel",
+    "FittedLink",
     "Letter",
+    "Link",
     "LogitsRows",
     "Machine",
     "Mesh",
@@ -29,6 +38,8 @@ __all__ = [
     "Placement",
     "Plan",
     "Planner",
+    "Rate",
+    "Rates",
     "ReadPlan",
     "ReadSpec",
     "Regime",
@@ -41,5 +52,6 @@ __all__ = [
     "cheapest",
     "make_plan",
     "regimes",
+    "ring_share",
     "row_sharded",
 ]

@@ -1,27 +1,85 @@
 """What a move costs: an alpha-beta model of the links between ranks.
 
-`seconds = alpha * rounds + bytes / bandwidth`, with the bytes that one rank sends. It ranks the
-alternatives of a plan; it is no promise of a time.
+`us = alpha + hop * (members - 2) + bytes / bandwidth`, with the bytes that one rank sends. It ranks
+the alternatives of a plan; it is no promise of a time.
 """
 
-from dataclasses import dataclass
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from isomoe.layout.mesh import Mesh
 from isomoe.layout.moves import Move, Op
 from isomoe.layout.placement import Placement
 
 
+class Link(ABC):
+    """One kind of connection between ranks."""
+
+    @abstractmethod
+    def microseconds(self, op: Op, equal: bool, members: int, sent_bytes: float) -> float:
+        """What a collective takes.
+
+        Args:
+            op: not `Op.SLICE`, which sends nothing.
+            equal: in a step whose attention-DP groups have the same number of rows.
+            members: of the group.
+            sent_bytes: by one rank.
+        """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """One kind of connection.
+class Rate:
+    """What one collective costs.
 
     Attributes:
-        alpha_us: microseconds that a collective costs whatever its size.
+        alpha_us: microseconds between two ranks, whatever the size.
+        hop_us: microseconds more for each further rank.
         bytes_per_us: bytes that a rank sends in a microsecond.
     """
 
     alpha_us: float
+    hop_us: float
     bytes_per_us: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """The collectives of one kind of step."""
+
+    all_reduce: Rate
+    reduce_scatter: Rate
+    all_gather: Rate
+    exchange: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedLink(Link):
+    """A link by the rates of its collectives.
+
+    Attributes:
+        equal: in steps with the same number of rows in each group; on a GPU they are replayed.
+        ragged: in all others, which the host launches one by one.
+    """
+
+    equal: Rates
+    ragged: Rates
+
+    def microseconds(self, op: Op, equal: bool, members: int, sent_bytes: float) -> float:
+        rate: Rate = getattr(self.equal if equal else self.ragged, op.value)
+        return rate.alpha_us + rate.hop_us * (members - 2) + sent_bytes / rate.bytes_per_us
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> "FittedLink":
+        """From what `asdict` made of it."""
+        equal, ragged = (
+            Rates(**{name: Rate(**rate) for name, rate in found[form].items()})
+            for form in ("equal", "ragged")
+        )
+        return cls(equal=equal, ragged=ragged)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,45 +88,42 @@ class Machine:
 
     Attributes:
         name: what is printed.
+        measured_on: the card or processor, the ranks and the date; or where the figures come from.
         local_ranks: ranks of one node; a group that reaches further uses `across`.
         within, across: links inside a node and between nodes.
-        ragged_factor: what a collective with unequal counts costs in alphas.
         slice_us: what keeping one's own rows costs (a view; positive, so that fewer moves win).
         wire_bytes: bytes of one value on the wire.
     """
 
     name: str
+    measured_on: str
     local_ranks: int
     within: Link
     across: Link
-    ragged_factor: float
     slice_us: float
     wire_bytes: int
 
+    @classmethod
+    def load(cls, file: Path) -> "Machine":
+        """That of a file which `save` wrote."""
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**found | {name: FittedLink.of(found[name]) for name in ("within", "across")})
 
-H100 = Machine(
-    name="cuda",
-    local_ranks=8,
-    within=Link(alpha_us=12.0, bytes_per_us=300_000.0),
-    across=Link(alpha_us=30.0, bytes_per_us=45_000.0),
-    ragged_factor=1.5,
-    slice_us=0.5,
-    wire_bytes=2,
-)
-"""NVLink inside a node, InfiniBand between nodes: rounded datasheet figures, not yet fitted."""
+    def save(self, file: Path) -> None:
+        """Writes it, to be loaded again.
 
-GLOO = Machine(
-    name="cpu",
-    local_ranks=1024,
-    within=Link(alpha_us=250.0, bytes_per_us=1_000.0),
-    across=Link(alpha_us=250.0, bytes_per_us=1_000.0),
-    ragged_factor=1.0,
-    slice_us=0.5,
-    wire_bytes=4,
-)
-"""Gloo between processes of one host: rounded from the readings in docs/benchmarks.md."""
+        Raises:
+            OSError: if it cannot be written.
+            TypeError: if a link is not a fitted one.
+        """
+        file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
-MACHINES = {"cuda": H100, "cpu": GLOO}
+
+FILES = Path(__file__).parent / "machines"
+"""One file a kind of device; `isomoe bench comm --save` writes it anew from what it measures."""
+
+MACHINES = {name: Machine.load(FILES / f"{name}.json") for name in ("cuda", "cpu")}
+"""By the kind of device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,23 +144,27 @@ class CostModel:
         Ring counts: n ranks send (n-1)/n of what they hold to reduce-scatter or all-gather, twice
         that to all-reduce.
         """
-        n = self.mesh.size_of(move.axes)
-        share = self.mesh.width_behind(_gathered(move).row_axes) / self.mesh.size
-        row_bytes = self.row_values * self.machine.wire_bytes * share * (n - 1) / n
         if move.op is Op.SLICE:
             return 0.0
-        return 2 * row_bytes if move.op is Op.ALL_REDUCE else row_bytes
+        share = self.mesh.width_behind(_gathered(move).row_axes) / self.mesh.size
+        held = self.row_values * self.machine.wire_bytes * share
+        return held * ring_share(move.op, self.mesh.size_of(move.axes))
 
     def microseconds(self, move: Move, rows: int, equal: bool) -> float:
         """Predicted time of a move in a step of `rows` rows."""
         if move.op is Op.SLICE:
             return self.machine.slice_us
-        reach = self.mesh.stride_of(move.axes) * self.mesh.size_of(move.axes)
+        members = self.mesh.size_of(move.axes)
+        reach = self.mesh.stride_of(move.axes) * members
         link = self.machine.within if reach <= self.machine.local_ranks else self.machine.across
-        alpha = link.alpha_us
-        if move.op is not Op.ALL_REDUCE and not equal:
-            alpha *= self.machine.ragged_factor
-        return alpha + self.sent_bytes_per_row(move) * rows / link.bytes_per_us
+        sent_bytes = self.sent_bytes_per_row(move) * rows
+        return link.microseconds(move.op, equal, members, sent_bytes)
+
+
+def ring_share(op: Op, members: int) -> float:
+    """Of the bytes that the side with more rows holds, those that one rank sends in a ring."""
+    share = (members - 1) / members
+    return 2 * share if op is Op.ALL_REDUCE else share
 
 
 def _gathered(move: Move) -> Placement:

@@ -1,0 +1,119 @@
+"""Fits a link's alphas and betas to how long collectives took.
+
+Least squares of the relative error, so that a reading of 10 us counts as much as one of 10 ms.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+import torch
+
+from isomoe.comm.measure import OPS, Reading
+from isomoe.layout import FittedLink, Link, Op, Rate, Rates
+
+_LEAST_ALPHA = 0.1
+"""Microseconds. Nothing is free, and of equally cheap routes the shortest has to win."""
+_ENDLESS = 1e9
+"""Bytes a microsecond where readings do not grow with their size."""
+
+
+def telling(readings: Iterable[Reading], equal: bool) -> list[Reading]:
+    """Those that stand for what a plan's steps cost.
+
+    Steps with equal groups are replayed, as far as they were measured so. In a ragged step the host
+    launches every collective; an all-reduce, which knows no counts, is the same there.
+    """
+    every = list(readings)
+    if equal:
+        replayed = {reading.op for reading in every if reading.replayed}
+        return [
+            reading
+            for reading in every
+            if reading.equal and reading.replayed == (reading.op in replayed)
+        ]
+    return [
+        reading
+        for reading in every
+        if not reading.replayed and reading.equal == (reading.op is Op.ALL_REDUCE)
+    ]
+
+
+def fit(readings: Sequence[Reading]) -> FittedLink:
+    """The link that explains the readings best.
+
+    Args:
+        readings: some of each collective, equal and ragged.
+    """
+    forms = {}
+    for equal in (True, False):
+        found = telling(readings, equal)
+        forms[equal] = Rates(
+            **{op.value: _rate([one for one in found if one.op is op]) for op in OPS}
+        )
+    return FittedLink(equal=forms[True], ragged=forms[False])
+
+
+def _rate(readings: Sequence[Reading]) -> Rate:
+    """The rate with the least sum of squared relative errors, no part of it negative."""
+    times = torch.tensor([reading.us for reading in readings], dtype=torch.float64)
+    parts = [(1.0, reading.members - 2.0, reading.sent_bytes) for reading in readings]
+    columns = torch.tensor(parts, dtype=torch.float64) / times[:, None]
+    ones = torch.ones(len(times), 1, dtype=torch.float64)
+    found: list[tuple[float, dict[int, float]]] = []
+    for chosen in [(0, 1, 2), (0, 2), (0, 1), (0,)]:
+        some = columns[:, chosen]
+        solution = torch.linalg.lstsq(some, ones).solution
+        if (solution > 0).all():
+            error = float((some @ solution - 1).square().sum())
+            found.append((error, dict(zip(chosen, solution.flatten().tolist(), strict=True))))
+    _, best = min(found, key=lambda one: one[0])
+    return Rate(
+        alpha_us=round(max(best[0], _LEAST_ALPHA), 3),
+        hop_us=round(best.get(1, 0.0), 3),
+        bytes_per_us=round(1 / best[2] if 2 in best else _ENDLESS, 1),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misses:
+    """How far predictions are from readings, as factors: 1.5 is half too much, or two thirds.
+
+    Attributes:
+        median, worst: of |prediction / reading|, whichever way round is above 1.
+    """
+
+    median: float
+    worst: float
+
+    @classmethod
+    def of(cls, link: Link, readings: Sequence[Reading]) -> "Misses":
+        """Of a link's predictions for the readings that a plan's steps are made of."""
+        factors = []
+        for equal in (True, False):
+            for one in telling(readings, equal):
+                ratio = link.microseconds(one.op, equal, one.members, one.sent_bytes) / one.us
+                factors.append(max(ratio, 1 / ratio))
+        return cls(median=median(factors), worst=max(factors))
+
+
+class MeasuredLink(Link):
+    """The readings themselves: between two of them a straight line, beyond them the last slope."""
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        self._points: dict[tuple[Op, bool, int], list[tuple[float, float]]] = {}
+        for equal in (True, False):
+            for one in telling(readings, equal):
+                key = (one.op, equal, one.members)
+                self._points.setdefault(key, []).append((one.sent_bytes, one.us))
+        for points in self._points.values():
+            points.sort()
+
+    def microseconds(self, op: Op, equal: bool, members: int, sent_bytes: float) -> float:
+        points = self._points[op, equal, members]
+        if sent_bytes <= points[0][0]:
+            return points[0][1]
+        pairs = list(pairwise(points))
+        (x0, y0), (x1, y1) = next((pair for pair in pairs if sent_bytes <= pair[1][0]), pairs[-1])
+        return y0 + (y1 - y0) * (sent_bytes - x0) / (x1 - x0)

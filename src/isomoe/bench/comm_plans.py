@@ -1,0 +1,68 @@
+"""Whether a planner that knows alphas and betas alone picks the moves that are the fastest."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from isomoe.layout import (
+    CostModel,
+    Link,
+    Machine,
+    Parallelism,
+    Planner,
+    Regime,
+    RegimePlan,
+    regimes,
+)
+from isomoe.models import HFConfig, build, family_of, layouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """One regime of one layout.
+
+    Attributes:
+        picked_us: what the moves of the planner's choice take by the readings.
+        fastest_us: what those of the best choice take.
+    """
+
+    layout: Parallelism
+    regime: Regime
+    picked_us: float
+    fastest_us: float
+
+    @property
+    def loss(self) -> float:
+        """What the choice costs beyond the best, as a share of it."""
+        return self.picked_us / self.fastest_us - 1 if self.fastest_us else 0.0
+
+
+def picks(
+    config: HFConfig, ranks: int, machine: Machine, measured: Link, buckets: Iterable[int]
+) -> Iterator[Pick]:
+    """The planner's choices for every layout of a model on so many ranks."""
+    truth = replace(machine, within=measured)
+    for layout in layouts(family_of(config), config, ranks, min_ranks=ranks):
+        chain = build(config, layout).chain
+        planner = Planner(chain)
+        cost = CostModel(machine=truth, mesh=chain.mesh, row_values=chain.hidden_size)
+        for regime in regimes(chain.mesh, tuple(buckets)):
+            picked, fastest = (planner.choose(one, regime).bind() for one in (machine, truth))
+            yield Pick(
+                layout=layout,
+                regime=regime,
+                picked_us=_microseconds(picked, cost),
+                fastest_us=_microseconds(fastest, cost),
+            )
+
+
+def _microseconds(plan: RegimePlan, cost: CostModel) -> float:
+    """All moves between the blocks of one step."""
+    total = 0.0
+    for read in plan.reads:
+        needs = {delivery.needs: delivery.route for delivery in read.deliveries}
+        settles = [read.carry] if read.carry else []
+        routes = [*(part.route for part in (*settles, *read.settles)), *needs.values()]
+        for route in routes:
+            for move in route.moves:
+                total += cost.microseconds(move, plan.regime.rows, plan.regime.equal)
+    return total
