@@ -16,10 +16,10 @@ from isomoe.models import read_config
 from isomoe.weights import bundled_checkpoint
 
 RATES = Rates(
-    all_reduce=Rate(alpha_us=10.0, hop_us=1.5, bytes_per_us=200_000.0),
-    reduce_scatter=Rate(alpha_us=11.0, hop_us=0.5, bytes_per_us=210_000.0),
-    all_gather=Rate(alpha_us=12.0, hop_us=1.0, bytes_per_us=190_000.0),
-    exchange=Rate(alpha_us=9.0, hop_us=0.25, bytes_per_us=170_000.0),
+    all_reduce=Rate(alpha_us=10.0, bytes_per_us=200_000.0),
+    reduce_scatter=Rate(alpha_us=11.0, bytes_per_us=210_000.0),
+    all_gather=Rate(alpha_us=12.0, bytes_per_us=190_000.0),
+    exchange=Rate(alpha_us=9.0, bytes_per_us=170_000.0),
 )
 SLOWER = Rates(
     **{
@@ -60,7 +60,6 @@ def test_a_fit_finds_the_rates_that_readings_were_made_with() -> None:
         for op in OPS:
             rate, true = getattr(getattr(found, form), op.value), getattr(expected, op.value)
             assert rate.alpha_us == pytest.approx(true.alpha_us, abs=0.01)
-            assert rate.hop_us == pytest.approx(true.hop_us, abs=0.01)
             assert rate.bytes_per_us == pytest.approx(true.bytes_per_us, rel=1e-3)
     assert Misses.of(found, readings()).worst < 1.001
 
@@ -76,7 +75,6 @@ def test_readings_that_do_not_grow_make_no_rate_negative() -> None:
         for op in OPS:
             rate = getattr(rates, op.value)
             assert min(rate.alpha_us, rate.bytes_per_us) > 0
-            assert rate.hop_us >= 0
 
 
 def test_between_readings_is_a_straight_line_and_beyond_them_the_last_slope() -> None:
@@ -98,7 +96,7 @@ def test_a_planner_that_knows_the_truth_loses_nothing_and_one_that_does_not_lose
     # 1e-3: between two readings a straight line is the truth, below the first it is not.
     assert max(pick.loss for pick in known) < 1e-3
     # All-reduce looks free, so that everything is summed by it.
-    free = replace(RATES, all_reduce=Rate(alpha_us=0.1, hop_us=0.0, bytes_per_us=1e9))
+    free = replace(RATES, all_reduce=Rate(alpha_us=0.1, bytes_per_us=1e9))
     wrong = replace(cuda, within=FittedLink(equal=free, ragged=free))
     assert max(pick.loss for pick in picks(config, 4, wrong, truth, (8, 4096))) > 0.1
 

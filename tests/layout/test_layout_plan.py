@@ -94,8 +94,7 @@ def microseconds(
     sent = rows * HIDDEN * machine.wire_bytes * (members - 1) / members
     assert isinstance(link, FittedLink)
     rate = getattr(link.equal if regime.equal else link.ragged, op)
-    start = rate.alpha_us + rate.hop_us * (members - 2)
-    return float(start + sent * (2 if op == "all_reduce" else 1) / rate.bytes_per_us)
+    return float(rate.alpha_us + sent * (2 if op == "all_reduce" else 1) / rate.bytes_per_us)
 
 
 def least_cost(chain: Chain, machine: Machine, regime: Regime) -> float:
@@ -238,9 +237,9 @@ def test_with_dp_attention_experts_are_gathered_for_and_reduce_scattered_from(
         assert str(bound.residual) == "S"
         summed, gathered = expert_moves(bound)
         assert gathered == ["all_gather"]
-        # Of few rows the latencies decide, which differ by a tenth between the two.
+        # Of few rows the latencies decide: on GPUs an all-reduce starts a little faster.
         assert summed == ["reduce_scatter"] or (
-            summed == ["all_reduce", "slice"] and bound.regime.rows < 4096
+            summed == ["all_reduce", "slice"] and bound.regime.rows < 32768
         )
 
 

@@ -56,23 +56,17 @@ def fit(readings: Sequence[Reading]) -> FittedLink:
 
 
 def _rate(readings: Sequence[Reading]) -> Rate:
-    """The rate with the least sum of squared relative errors, no part of it negative."""
+    """The alpha and the beta with the least sum of squared relative errors, neither negative."""
     times = torch.tensor([reading.us for reading in readings], dtype=torch.float64)
-    parts = [(1.0, reading.members - 2.0, reading.sent_bytes) for reading in readings]
+    parts = [(1.0, reading.sent_bytes) for reading in readings]
     columns = torch.tensor(parts, dtype=torch.float64) / times[:, None]
     ones = torch.ones(len(times), 1, dtype=torch.float64)
-    found: list[tuple[float, dict[int, float]]] = []
-    for chosen in [(0, 1, 2), (0, 2), (0, 1), (0,)]:
-        some = columns[:, chosen]
-        solution = torch.linalg.lstsq(some, ones).solution
-        if (solution > 0).all():
-            error = float((some @ solution - 1).square().sum())
-            found.append((error, dict(zip(chosen, solution.flatten().tolist(), strict=True))))
-    _, best = min(found, key=lambda one: one[0])
+    alpha, beta = torch.linalg.lstsq(columns, ones).solution.flatten().tolist()
+    if beta <= 0:
+        (alpha,), beta = torch.linalg.lstsq(columns[:, :1], ones).solution[0].tolist(), 0.0
     return Rate(
-        alpha_us=round(max(best[0], _LEAST_ALPHA), 3),
-        hop_us=round(best.get(1, 0.0), 3),
-        bytes_per_us=round(1 / best[2] if 2 in best else _ENDLESS, 1),
+        alpha_us=round(max(alpha, _LEAST_ALPHA), 3),
+        bytes_per_us=round(1 / beta, 1) if beta else _ENDLESS,
     )
 
 

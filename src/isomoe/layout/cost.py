@@ -1,7 +1,7 @@
 """What a move costs: an alpha-beta model of the links between ranks.
 
-`us = alpha + hop * (members - 2) + bytes / bandwidth`, with the bytes that one rank sends. It ranks
-the alternatives of a plan; it is no promise of a time.
+`us = alpha + bytes / bandwidth`, with the bytes that one rank sends. It ranks the alternatives of a
+plan; it is no promise of a time.
 """
 
 import json
@@ -36,13 +36,11 @@ class Rate:
     """What one collective costs.
 
     Attributes:
-        alpha_us: microseconds between two ranks, whatever the size.
-        hop_us: microseconds more for each further rank.
+        alpha_us: microseconds whatever its size.
         bytes_per_us: bytes that a rank sends in a microsecond.
     """
 
     alpha_us: float
-    hop_us: float
     bytes_per_us: float
 
 
@@ -70,7 +68,7 @@ class FittedLink(Link):
 
     def microseconds(self, op: Op, equal: bool, members: int, sent_bytes: float) -> float:
         rate: Rate = getattr(self.equal if equal else self.ragged, op.value)
-        return rate.alpha_us + rate.hop_us * (members - 2) + sent_bytes / rate.bytes_per_us
+        return rate.alpha_us + sent_bytes / rate.bytes_per_us
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> "FittedLink":
