@@ -17,9 +17,10 @@ COLLECTIVES = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
 # but what `FORBIDDEN` says.
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "units": set(),
     "http": {"http", "errors"},
-    "layout": {"layout", "errors"},
+    "layout": {"layout", "files", "errors"},
     "comm": {"comm", "layout", "errors"},
     "kernels": {"kernels"},
     "stream": {"comm", "layout", "errors"},

@@ -5,5 +5,4 @@ export NCCL_NVLS_ENABLE=0
 W=${1:-$(python3 -c 'import torch; print(max(2, torch.cuda.device_count()))')}
 MODEL=src/isomoe/models/configs/qwen3-30b-a3b.json
 read -r -a MORE <<<"${ISOMOE_ARGS:-}"
-RESULTS=${RESULTS:-benchmarks/results}
 isomoe() { python3 -m isomoe.cli.main "$@"; }

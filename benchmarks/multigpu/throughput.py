@@ -5,9 +5,11 @@ Other flags are handed to `isomoe bench offline`, such as `--workloads W1 W2 W3`
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -17,16 +19,15 @@ MODEL = ROOT / "src/isomoe/models/configs/qwen3-30b-a3b.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("ranks", type=int, nargs="?", help="W (default: one for each GPU)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     args, more = parser.parse_known_args()
-    ranks = args.ranks or _gpus()
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for layout in _layouts(ranks):
-        name = ",".join(f"{axis}{degree}" for axis, degree in layout.items())
-        file = args.out / f"throughput-{name.replace(',', '-')}.json"
-        rows.append((name, _figures(layout, more, file)))
-        print(_line(*rows[-1], rows[0][1]), flush=True)
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    plain = None
+    with TemporaryDirectory() as folder:
+        for layout in _layouts(args.ranks or _gpus()):
+            figures = _figures(layout, more, Path(folder) / "offline.json")
+            plain = plain or figures
+            name = ",".join(f"{axis}{degree}" for axis, degree in layout.items())
+            print(_line(name, figures, plain), flush=True)
 
 
 def _gpus() -> int:
@@ -49,16 +50,8 @@ def _layouts(ranks: int) -> list[dict[str, int]]:
 def _figures(layout: dict[str, int], more: list[str], file: Path) -> dict[str, tuple[str, float]]:
     """By workload: the figure's unit and its median."""
     flags = {"tp": "--tp", "dp": "--attn-dp-size", "ep": "--ep"}
-    command = [
-        sys.executable,
-        "-m",
-        "isomoe.cli.main",
-        "bench",
-        "offline",
-        "--load-format",
-        "dummy",
-    ]
-    command += ["--model-path", str(MODEL), "--json", str(file)]
+    command = [sys.executable, "-m", "isomoe.cli.main", "bench", "offline"]
+    command += ["--load-format", "dummy", "--model-path", str(MODEL), "--json", str(file)]
     for axis, degree in layout.items():
         command += [flags[axis], str(degree)]
     subprocess.run(command + more, check=True, stdout=subprocess.DEVNULL)

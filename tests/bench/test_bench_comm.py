@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 
+import isomoe.models
 from isomoe.bench.comm import MeasuredLink, Misses, fit
-from isomoe.bench.comm_plans import picks
+from isomoe.bench.comm_plans import PickSummary, picks
 from isomoe.cli.main import main
 from isomoe.comm.measure import OPS, CommSettings, Reading, measure
 from isomoe.errors import IsomoeError
 from isomoe.layout import MACHINES, FittedLink, Machine, Op, Rate, Rates
+from isomoe.layout.cost import FILES
 from isomoe.models import read_config
 from isomoe.weights import bundled_checkpoint
 
+CONFIGS = Path(isomoe.models.__file__).parent / "configs"
 RATES = Rates(
     all_reduce=Rate(alpha_us=10.0, bytes_per_us=200_000.0),
     reduce_scatter=Rate(alpha_us=11.0, bytes_per_us=210_000.0),
@@ -126,9 +129,40 @@ def test_every_collective_is_measured_between_processes(
     assert all(one.us > 0 and not one.replayed for one in found)
     # The readings can be fitted again, but not for a model with other rows.
     assert main([*flags, "--from", str(document)]) == 0
-    other = ["--model-path", "src/isomoe/models/configs/qwen3-30b-a3b.json"]
+    other = ["--model-path", str(CONFIGS / "qwen3-30b-a3b.json")]
     assert main([*flags, "--from", str(document), *other]) == 2
     assert "rows of 256 values" in capsys.readouterr().err
+
+
+def test_documents_that_are_none_or_say_nothing_of_gpus_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A staged measurement must not be kept as that of the links between GPUs."""
+    staged = [replace(one, replayed=False) for one in readings() if not one.replayed]
+    whole = {
+        "readings": [one.to_json() for one in staged],
+        "settings": {"ranks": 4, "device": "cuda", "row_values": 256},
+        "device": {"name": "a card"},
+        "date": "2026-11-27",
+    }
+    kept = MACHINES["cuda"]
+    for document, flags, complaint in (
+        (whole, ["--save"], "shared GPUs"),
+        ({**whole, "readings": []}, [], "readings of a collective are missing"),
+        ({**whole, "settings": {}}, [], "no document"),
+        ({**whole, "settings": {**whole["settings"], "device": "tpu"}}, [], "no document"),
+        ([], [], "no document"),
+    ):
+        file = tmp_path / "comm.json"
+        file.write_text(json.dumps(document))
+        assert main(["bench", "comm", "--from", str(file), *flags]) == 2
+        assert complaint in capsys.readouterr().err
+    assert Machine.load(FILES / "cuda.json") == kept
+
+
+def test_as_many_ranks_as_no_layout_has_leave_nothing_to_pick() -> None:
+    config = read_config(bundled_checkpoint())
+    assert PickSummary.of(picks(config, 3, MACHINES["cuda"], MeasuredLink(readings()), (8,))) is None
 
 
 @pytest.mark.slow
@@ -143,7 +177,7 @@ def test_a_rank_that_fails_ends_the_measurement_in_one_line() -> None:
     [
         (["--ranks", "1"], "--ranks 1: must be 2 to"),
         (["--rows", "0"], "--rows 0: must be at least 1"),
-        (["--ranks", "4", "--rows", "2"], "one of them 4"),
+        (["--ranks", "4", "--rows", "2", "8"], "two of them multiples of 4"),
         (["--from", "nowhere.json"], "--from nowhere.json: no document"),
     ],
 )

@@ -91,6 +91,9 @@ class Misses:
                 factors.append(max(ratio, 1 / ratio))
         return cls(median=median(factors), worst=max(factors))
 
+    def __str__(self) -> str:
+        return f"off by {self.median:.2f}x in the median, {self.worst:.1f}x at worst"
+
 
 class MeasuredLink(Link):
     """The readings themselves: between two of them a straight line, beyond them the last slope."""

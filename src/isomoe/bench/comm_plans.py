@@ -15,6 +15,9 @@ from isomoe.layout import (
 )
 from isomoe.models import HFConfig, build, family_of, layouts
 
+_ROUNDING = 1e-9
+"""Of sums of the same few numbers in another order, and far below any loss."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pick:
@@ -34,6 +37,45 @@ class Pick:
     def loss(self) -> float:
         """What the choice costs beyond the best, as a share of it."""
         return self.picked_us / self.fastest_us - 1 if self.fastest_us else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PickSummary:
+    """Many of them.
+
+    Attributes:
+        fastest: how many lose nothing.
+        within_5_percent: how many lose less than that.
+        worst_loss, worst: of the one that loses most, and which it is.
+    """
+
+    regimes: int
+    fastest: int
+    within_5_percent: int
+    worst_loss: float
+    worst: str
+
+    @classmethod
+    def of(cls, found: Iterable[Pick]) -> "PickSummary | None":
+        """None if there are none: no layout fits."""
+        every = list(found)
+        if not every:
+            return None
+        worst = max(every, key=lambda pick: pick.loss)
+        return cls(
+            regimes=len(every),
+            fastest=sum(pick.loss < _ROUNDING for pick in every),
+            within_5_percent=sum(pick.loss < 0.05 for pick in every),
+            worst_loss=worst.loss,
+            worst=f"{worst.layout}, {worst.regime.name}",
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"of {self.regimes} regimes, the fastest moves as measured in {self.fastest}, within "
+            f"5% of them in {self.within_5_percent}; at worst {self.worst_loss:.0%} slower "
+            f"({self.worst})"
+        )
 
 
 def picks(

@@ -13,6 +13,7 @@ import torch
 
 from isomoe import __version__
 from isomoe.errors import ConfigError
+from isomoe.files import write_atomically
 
 _ROOT = Path(__file__).parents[3]
 BENCHMARKS = _ROOT / "benchmarks"
@@ -57,9 +58,9 @@ def write(document: Mapping[str, Any], target: Path) -> Path:
         target = target / f"{document['date']}-{card}-{document['what']}.json"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--json {target}: not writable ({error})") from None
+    write_atomically(target, json.dumps(document, indent=1, allow_nan=False) + "\n")
     return target
 
 

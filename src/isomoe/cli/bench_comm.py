@@ -14,9 +14,9 @@ from isomoe.errors import ConfigError
 from isomoe.layout.parallelism import MAX_RANKS, divisors
 
 if TYPE_CHECKING:
-    from isomoe.bench.comm_plans import Pick
     from isomoe.comm.measure import Reading
     from isomoe.layout import Link
+    from isomoe.models import HFConfig
 
 NAME = "comm"
 HELP = (
@@ -25,7 +25,7 @@ HELP = (
     "were off before and after, and whether it picks the moves that are fastest as measured."
 )
 
-_ROWS = tuple(2**power for power in range(14))
+_MOST = 8192
 _PLAN_ROWS = (8, 64, 512, 4096)
 
 
@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=int,
         nargs="+",
-        default=_ROWS,
         metavar="N",
-        help="of a group's step (default: the powers of 2 up to 8192)",
+        help="of a group's step, two or more of them multiples of W (default: powers of 2 up to "
+        f"{_MOST}, times what is odd in W)",
     )
     add_model_option(parser)
     parser.add_argument(
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the measurement."""
     from isomoe.bench.comm import MeasuredLink, Misses, fit, telling
-    from isomoe.bench.comm_plans import picks
+    from isomoe.bench.comm_plans import PickSummary, picks
     from isomoe.bench.results import write
     from isomoe.layout import MACHINES
     from isomoe.layout.cost import FILES
@@ -87,61 +87,43 @@ def run(args: argparse.Namespace) -> int:
     from isomoe.weights import resolve
 
     config = read_config(resolve(args.model_path, weights=False))
-    if args.readings is not None:
-        document, readings = _read(Path(args.readings))
-        if document["settings"]["row_values"] != config["hidden_size"]:
-            raise ConfigError(
-                f"--from {args.readings}: was measured with rows of "
-                f"{document['settings']['row_values']} values, and the model's have "
-                f"{config['hidden_size']}; --model-path names another"
-            )
-    else:
-        document, readings = _measure(args, config["hidden_size"])
-    before = MACHINES[document["settings"]["device"]]
+    document, readings = _read(args, config) if args.readings else _measure(args, config)
+    settings = document["settings"]
+    before = MACHINES[settings["device"]]
     link = fit(readings)
-    ranks = document["settings"]["ranks"]
-    after = replace(
-        before,
-        within=link,
-        measured_on=f"{ranks} x {document['device']['name']}, {document['date']}",
-    )
-    misses = {
-        name: Misses.of(machine.within, readings)
-        for name, machine in (("before", before), ("after", after))
-    }
+    source = f"{settings['ranks']} x {document['device']['name']}, {document['date']}"
+    machines = {"before": before, "after": replace(before, within=link, measured_on=source)}
     most = max(reading.rows for reading in readings)
     buckets = [rows for rows in _PLAN_ROWS if rows <= most] or [most]
+    truth = MeasuredLink(readings)
+    misses = {name: Misses.of(machine.within, readings) for name, machine in machines.items()}
     chosen = {
-        name: list(picks(config, ranks, machine, MeasuredLink(readings), buckets))
-        for name, machine in (("before", before), ("after", after))
+        name: PickSummary.of(picks(config, settings["ranks"], machine, truth, buckets))
+        for name, machine in machines.items()
     }
     document["fit"] = asdict(link)
     document["misses"] = {name: asdict(miss) for name, miss in misses.items()}
-    document["picks"] = {name: _summary(found) for name, found in chosen.items()}
+    document["picks"] = {name: found and asdict(found) for name, found in chosen.items()}
     if args.json == "-":
         print(json.dumps(document, allow_nan=False))
     else:
         _print(before.within, link, {form: telling(readings, form) for form in (True, False)})
         for name, miss in misses.items():
-            print(
-                f"predictions {name}: off by {miss.median:.2f}x in the median, "
-                f"{miss.worst:.1f}x at worst"
-            )
+            print(f"predictions {name}: {miss}")
         for name, found in chosen.items():
-            print(f"plans {name}: {_line(found)}")
+            print(f"plans {name}: {found or 'no layout of the model has so many ranks'}")
     if args.json not in (None, "-"):
         print(f"written to {write(document, Path(args.json))}")
     if args.save:
         file = FILES / f"{before.name}.json"
-        try:
-            after.save(file)
-        except OSError as error:
-            raise ConfigError(f"--save: {file} cannot be written ({error})") from None
+        machines["after"].save(file)
         print(f"kept in {file}", file=sys.stderr)
     return 0
 
 
-def _measure(args: argparse.Namespace, row_values: int) -> tuple[dict[str, Any], list["Reading"]]:
+def _measure(
+    args: argparse.Namespace, config: "HFConfig"
+) -> tuple[dict[str, Any], list["Reading"]]:
     import torch
 
     from isomoe.bench.device import device_name
@@ -155,18 +137,23 @@ def _measure(args: argparse.Namespace, row_values: int) -> tuple[dict[str, Any],
     ranks = args.ranks if args.ranks is not None else max(2, gpus if device == "cuda" else 2)
     if not 2 <= ranks <= MAX_RANKS:
         raise ConfigError(f"--ranks {ranks}: must be 2 to {MAX_RANKS}")
-    if min(args.rows) < 1 or max(args.rows) < ranks:
+    if args.save and device == "cuda" and gpus < ranks:
         raise ConfigError(
-            f"--rows {' '.join(map(str, args.rows))}: must be at least 1, and one of them {ranks} "
-            "(--ranks), so that each rank has a row"
+            f"--save: {ranks} ranks on {gpus} GPU(s) talk through the host, which says nothing of "
+            f"the links between GPUs; --ranks {gpus} or --device cpu"
         )
-    settings = CommSettings(
-        ranks=ranks, device=device, row_values=row_values, rows=tuple(sorted(set(args.rows)))
-    )
-    readings = []
+    rows = tuple(sorted(set(args.rows or _default_rows(ranks))))
+    if rows[0] < 1 or sum(n % ranks == 0 for n in rows) < 2:
+        raise ConfigError(
+            f"--rows {' '.join(map(str, rows))}: must be at least 1, and two of them multiples of "
+            f"{ranks} (--ranks), such as {ranks} and {64 * ranks}"
+        )
+    row_values = config["hidden_size"]
+    settings = CommSettings(ranks=ranks, device=device, row_values=row_values, rows=rows)
+    readings: list[Reading] = []
     # All-reduce has one form, the others two; where graphs replay, equal ones count twice.
     kinds = 11 if device == "cuda" and gpus >= ranks else 7
-    total = len(divisors(ranks)[1:]) * len(settings.rows) * kinds
+    total = len(divisors(ranks)[1:]) * len(rows) * kinds
     with progress_bar("measuring collectives") as progress:
         for reading in measure(settings):
             readings.append(reading)
@@ -181,36 +168,45 @@ def _measure(args: argparse.Namespace, row_values: int) -> tuple[dict[str, Any],
     return document, readings
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list["Reading"]]:
-    from isomoe.comm.measure import Reading
+def _default_rows(ranks: int) -> list[int]:
+    """One, and the powers of 2 up to the most, times what is odd in `ranks`: groups of every size
+    can have as many rows each."""
+    odd = ranks // (ranks & -ranks)
+    return [1, *(odd * 2**power for power in range(14) if odd * 2**power <= max(_MOST, 2 * ranks))]
+
+
+def _read(args: argparse.Namespace, config: "HFConfig") -> tuple[dict[str, Any], list["Reading"]]:
+    """The document of an earlier measurement.
+
+    Raises:
+        ConfigError: if it is none, of other rows than the model's, or not to be kept.
+    """
+    from isomoe.comm.measure import OPS, Reading
+    from isomoe.layout import MACHINES
 
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        return document, [Reading.of(found) for found in document["readings"]]
+        document = json.loads(Path(args.readings).read_text(encoding="utf-8"))
+        readings = [Reading.of(found) for found in document["readings"]]
+        settings = document["settings"]
+        known = settings["device"] in MACHINES and document["device"]["name"] and document["date"]
+        if not known or {reading.op for reading in readings} != set(OPS):
+            raise ValueError("readings of a collective are missing")
+        row_values, _ = int(settings["row_values"]), int(settings["ranks"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"--from {file}: no document of `isomoe bench comm --json` ({error})"
+            f"--from {args.readings}: no document of `isomoe bench comm --json` ({error})"
         ) from None
-
-
-def _summary(found: list["Pick"]) -> dict[str, Any]:
-    worst = max(found, key=lambda pick: pick.loss)
-    return {
-        "regimes": len(found),
-        "fastest": sum(pick.loss < 1e-9 for pick in found),
-        "within_5_percent": sum(pick.loss < 0.05 for pick in found),
-        "worst_loss": worst.loss,
-        "worst": f"{worst.layout}, {worst.regime.name}",
-    }
-
-
-def _line(found: list["Pick"]) -> str:
-    summary = _summary(found)
-    return (
-        f"of {summary['regimes']} regimes, the fastest moves as measured in "
-        f"{summary['fastest']}, within 5% of them in {summary['within_5_percent']}; at worst "
-        f"{summary['worst_loss']:.0%} slower ({summary['worst']})"
-    )
+    if row_values != config["hidden_size"]:
+        raise ConfigError(
+            f"--from {args.readings}: was measured with rows of {row_values} values, and the "
+            f"model's have {config['hidden_size']}; --model-path names another"
+        )
+    if args.save and settings["device"] == "cuda" and not any(one.replayed for one in readings):
+        raise ConfigError(
+            f"--save: the ranks of {args.readings} shared GPUs and talked through the host, which "
+            "says nothing of the links between GPUs"
+        )
+    return document, readings
 
 
 def _print(before: "Link", after: "Link", forms: dict[bool, list["Reading"]]) -> None:

@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     if args.only:
         raise ConfigError("--only: is for --mutants")
 
-    from isomoe.parity.files import write_atomically
+    from isomoe.files import write_atomically
     from isomoe.parity.report import document, print_report, write_page
 
     session = _session(args)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from isomoe.files import write_atomically
 from isomoe.layout.mesh import Mesh
 from isomoe.layout.moves import Move, Op
 from isomoe.layout.placement import Placement
@@ -111,10 +112,10 @@ class Machine:
         """Writes it, to be loaded again.
 
         Raises:
-            OSError: if it cannot be written.
+            ConfigError: if it cannot be written.
             TypeError: if a link is not a fitted one.
         """
-        file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_atomically(file, json.dumps(asdict(self), indent=1) + "\n")
 
 
 FILES = Path(__file__).parent / "machines"

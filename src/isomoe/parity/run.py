@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from isomoe.errors import ConfigError
-from isomoe.parity.files import write_atomically
+from isomoe.files import write_atomically
 
 T = TypeVar("T")
 

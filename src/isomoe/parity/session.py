@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isomoe.errors import ConfigError, IsomoeError
+from isomoe.files import make_folder
 from isomoe.parity.compare import compare
-from isomoe.parity.files import make_folder
 from isomoe.parity.measure import Workload, record
 from isomoe.parity.noise import Noise
 from isomoe.parity.prompts import (

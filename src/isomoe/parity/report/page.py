@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from isomoe.files import write_atomically
 from isomoe.parity.compare import PromptComparison, Summary
-from isomoe.parity.files import write_atomically
 from isomoe.parity.report import charts, words
 from isomoe.parity.report.model import FloorSource, Report, deltas_of, is_forced
 from isomoe.parity.report.tokens import token_data
