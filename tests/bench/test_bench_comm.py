@@ -162,7 +162,9 @@ def test_documents_that_are_none_or_say_nothing_of_gpus_are_refused(
 
 def test_as_many_ranks_as_no_layout_has_leave_nothing_to_pick() -> None:
     config = read_config(bundled_checkpoint())
-    assert PickSummary.of(picks(config, 3, MACHINES["cuda"], MeasuredLink(readings()), (8,))) is None
+    assert (
+        PickSummary.of(picks(config, 3, MACHINES["cuda"], MeasuredLink(readings()), (8,))) is None
+    )
 
 
 @pytest.mark.slow
