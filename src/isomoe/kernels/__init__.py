@@ -17,10 +17,14 @@ from isomoe.kernels.dispatch import (
     lightning_attention,
     linear,
     on_gpu,
+    pack_fp8,
+    pack_nvfp4,
     paged_attention,
     rms_norm,
     route,
     sample,
+    unpack_fp8,
+    unpack_nvfp4,
     write_kv,
 )
 from isomoe.kernels.experts import ExpertForm, PackedExperts, pack_experts, packed_experts
@@ -75,7 +79,9 @@ __all__ = [
     "logprobs",
     "on_gpu",
     "pack_experts",
+    "pack_fp8",
     "pack_linear",
+    "pack_nvfp4",
     "packed_experts",
     "packs",
     "paged_attention",
@@ -89,5 +95,7 @@ __all__ = [
     "split_heads",
     "top_logprobs",
     "uniform",
+    "unpack_fp8",
+    "unpack_nvfp4",
     "write_kv",
 ]

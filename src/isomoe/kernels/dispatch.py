@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from isomoe.kernels import attention, experts, ffn, lightning, mla, norm, sampling
+from isomoe.kernels import attention, experts, ffn, lightning, mla, norm, packed_rows, sampling
 from isomoe.kernels import linear as dense
 from isomoe.kernels import routing as choice
 from isomoe.kernels.attention import AttentionBatch, Heads
@@ -107,6 +107,44 @@ def fused_experts(
 
         return gpu.fused_experts(x, gate_up, down, topk_ids, topk_weights, form)
     return experts.fused_experts(x, gate_up, down, topk_ids, topk_weights, form)
+
+
+def pack_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `kernels.packed_rows.pack_fp8`."""
+    if on_gpu(x):
+        from isomoe.kernels import gpu
+
+        return gpu.pack_fp8(x)
+    return packed_rows.pack_fp8(x)
+
+
+def unpack_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `kernels.packed_rows.unpack_fp8`."""
+    if on_gpu(codes):
+        from isomoe.kernels import gpu
+
+        return gpu.unpack_fp8(codes, scales, dtype)
+    return packed_rows.unpack_fp8(codes, scales, dtype)
+
+
+def pack_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.packed_rows.pack_nvfp4`."""
+    if on_gpu(x):
+        from isomoe.kernels import gpu
+
+        return gpu.pack_nvfp4(x)
+    return packed_rows.pack_nvfp4(x)
+
+
+def unpack_nvfp4(
+    codes: Tensor, run_scales: Tensor, row_scales: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """As `kernels.packed_rows.unpack_nvfp4`."""
+    if on_gpu(codes):
+        from isomoe.kernels import gpu
+
+        return gpu.unpack_nvfp4(codes, run_scales, row_scales, dtype)
+    return packed_rows.unpack_nvfp4(codes, run_scales, row_scales, dtype)
 
 
 def write_kv(
