@@ -67,6 +67,12 @@ class EngineConfig:
         disable_overlap_schedule: schedule a step only when the one before has ended, on GPUs too.
         watchdog_timeout_seconds: how long a step may take before its silent workers count as dead.
         random_seed: of dummy weights, and of sampling where a request brings no seed.
+        deepep_mode: "auto", "normal" or "low_latency", of `--moe-a2a-backend deepep`.
+        init_expert_location: a JSON file that says which rank holds which expert, or how often each
+            was chosen, from which it is worked out; None: in order.
+        record_expert_load: count how often each expert is chosen.
+        plan: a JSON file with the plan that is followed, as `isomoe plan --json` prints it; None
+            takes the cheapest.
         instrument: `package.module:attribute` of an `engine.Instrument`, or None. With `=ARGUMENT`
             the attribute is called with that text and gives the instrument; several are joined
             by `;`, and a later one wraps what an earlier one has changed.
@@ -93,6 +99,10 @@ class EngineConfig:
     disable_overlap_schedule: bool = False
     watchdog_timeout_seconds: float = 300.0
     random_seed: int = 0
+    deepep_mode: str = "auto"
+    init_expert_location: str | None = None
+    record_expert_load: bool = False
+    plan: str | None = None
     instrument: str | None = None
 
     def __post_init__(self) -> None:
@@ -115,6 +125,11 @@ class EngineConfig:
             raise ConfigError(
                 f"--watchdog-timeout-seconds {self.watchdog_timeout_seconds}: must be above 0 "
                 "and finite"
+            )
+        if self.init_expert_location is not None and self.parallelism.ep_size == 1:
+            raise ConfigError(
+                "--init-expert-location: there is one group of ranks for all experts; --ep-size "
+                "above 1 would give several"
             )
         if self.random_seed < 0:
             raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")

@@ -4,12 +4,24 @@ This is the only place where an activation is reduced or moved between blocks. B
 placement they take and give; the plan of the step's regime says which moves lie between.
 """
 
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from isomoe.comm import Communicator
+from isomoe.comm import (
+    AddNorm,
+    CommExchange,
+    Communicator,
+    ExpertExchange,
+    RoutedRows,
+    join,
+    parts_of,
+    split,
+)
 from isomoe.errors import PlacementError
 from isomoe.layout import (
     LogitsRows,
@@ -24,14 +36,11 @@ from isomoe.layout import (
 )
 
 
-class Norm(Protocol):
+class Norm(AddNorm, Protocol):
     """What `read` applies to the settled rows."""
 
     def __call__(self, x: Tensor, /) -> Tensor:
         """x: [rows, hidden] -> the same shape."""
-
-    def after_adding(self, residual: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
-        """residual + addend in residual's dtype, and the norm of that; may reuse the residual."""
 
 
 class ResidualStream:
@@ -42,6 +51,7 @@ class ResidualStream:
         comm: this rank's collectives.
         rows: the step's rows.
         dtype: of the residual and of what travels to it (the wire dtype).
+        exchange: takes rows to the ranks of their experts; by default `comm` does.
 
     Attributes:
         plan, comm: as given.
@@ -50,7 +60,12 @@ class ResidualStream:
     """
 
     def __init__(
-        self, plan: RegimePlan, comm: Communicator, rows: TokenRows, dtype: torch.dtype
+        self,
+        plan: RegimePlan,
+        comm: Communicator,
+        rows: TokenRows,
+        dtype: torch.dtype,
+        exchange: ExpertExchange | None = None,
     ) -> None:
         self.plan = plan
         self.comm = comm
@@ -60,6 +75,10 @@ class ResidualStream:
         self._residual: Tensor | None = None
         self._written: dict[str, Tensor] = {}
         self._reads = iter(plan.reads)
+        self._inner = dict(plan.inner)
+        self._exchange = exchange or CommExchange(comm)
+        self._sent: dict[str, Any] = {}
+        self._second: torch.cuda.Stream | None = None
 
     def write(self, block: str, x: Tensor) -> None:
         """Records what `block` gives, in the placement that the plan has for it. Moves nothing.
@@ -101,40 +120,103 @@ class ResidualStream:
             )
         if plan.selects_rows != (rows is not None):
             raise PlacementError(f"{name}: rows are selected where the plan says so, only there")
+        self._join()
         if rows is not None:
             self._select(plan, rows)
         total = self._residual
         if total is not None and plan.carry is not None:
             total = self._run(total, plan.carry.route.moves)
-        *others, last = [self._settled(settle) for settle in plan.settles]
-        for addend in others:
+        *others, last = plan.settles
+        for settle in others:
+            addend = self._settled(settle, settle.route.moves)
             total = addend.to(self._dtype) if total is None else (total + addend).to(self._dtype)
         if total is None:
-            self._residual = last.to(self._dtype)
+            self._residual = self._settled(last, last.route.moves).to(self._dtype)
             h = norm(self._residual)
+        elif last.route.fused:
+            *moves, move = last.route.moves
+            self._residual, h = self._fused(move, self._settled(last, moves), total, norm)
         else:
-            self._residual, h = norm.after_adding(total, last)
+            addend = self._settled(last, last.route.moves)
+            self._residual, h = norm.after_adding(total, addend)
         self._written.clear()
         return Normed(self, plan, h)
 
-    def _settled(self, settle: Settle) -> Tensor:
-        """The sum of one settle's contributions, moved to the residual's placement."""
+    def _settled(self, settle: Settle, moves: Sequence[Move]) -> Tensor:
+        """The sum of one settle's contributions, moved towards the residual's placement."""
         addend = self._sum([self._written[name] for name in settle.producers])
-        return (
-            self._run(addend.to(self._dtype), settle.route.moves) if settle.route.moves else addend
-        )
+        return self._run(addend.to(self._dtype), moves) if settle.route.moves else addend
+
+    def _fused(
+        self, move: Move, addend: Tensor, total: Tensor, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """The last sum with the addition to the residual and the norm: in one operation, or, where
+        that is declined, one after the other."""
+        scatters = move.op is Op.REDUCE_SCATTER
+        counts = self.rows.counts(self.comm.seat, move.axes) if scatters else None
+        done = self.comm.sum_add_norm(addend, move.axes, counts, total, norm)
+        return norm.after_adding(total, self.move(addend, move)) if done is None else done
+
+    def fork(self, device: torch.device) -> torch.cuda.Event:
+        """What a block beside others has to wait for: all that has been launched so far."""
+        event: torch.cuda.Event = torch.cuda.current_stream(device).record_event()
+        return event
+
+    @contextmanager
+    def beside(self, ready: torch.cuda.Event, device: torch.device) -> Iterator[None]:
+        """Launches on the second stream, which the next read waits for. No collective may be among
+        it: ranks would run theirs in different orders."""
+        self._second = second = second_stream(device)
+        second.wait_event(ready)
+        with torch.cuda.stream(second):
+            yield
+
+    def _join(self) -> None:
+        if self._second is not None:
+            torch.cuda.current_stream(self._second.device).wait_stream(self._second)
+            self._second = None
+
+    def inner(self, block: str) -> tuple[Move, ...]:
+        """The moves inside a block, as the plan has chosen to run it."""
+        return self._inner.get(block, ())
+
+    def spread(self, block: str, rows: RoutedRows, per_rank: int) -> RoutedRows:
+        """Takes rows with their choice of experts to where those experts are, in one bundle.
+
+        Gathered, every rank gets all rows of the group; dispatched, those that chose its experts.
+
+        Args:
+            per_rank: physical experts of a rank.
+        """
+        move = self.inner(block)[0]
+        if move.op is Op.DISPATCH:
+            most = max(self.rows.counts(self.comm.seat, move.axes))
+            rows, self._sent[block] = self._exchange.dispatch(rows, move.axes, per_rank, most)
+            return rows
+        values, ids, weights = rows
+        parcel = (*values, ids, weights)
+        counts = self.rows.counts(self.comm.seat, move.axes)
+        bundle = self.comm.all_gather(join(parcel), move.axes, counts)
+        *packed, ids, weights = split(bundle, parts_of(parcel))
+        return tuple(packed), ids, weights
+
+    def unite(self, block: str, out: Tensor) -> Tensor:
+        """Brings back what experts made of dispatched rows, added up; gathered rows stay.
+
+        out: [rows that arrived, hidden] -> [rows of what the block gives, hidden].
+        """
+        if self.inner(block)[-1].op is not Op.COMBINE:
+            return out
+        return self._exchange.combine(out.to(self._dtype), self._sent.pop(block))
 
     def collect(self, block: str, features: Tensor) -> Tensor:
         """Carries out a block's declared inner moves on its sharded features.
 
         features: [rows, features of this rank] -> [this rank's rows, all features].
         """
-        for name, moves in self.plan.inner:
-            if name == block:
-                return self._run(features, moves)
         if block not in self.plan.kinds:
             raise PlacementError(f"{block}: unknown to the plan")
-        return features
+        return self._run(features, self.inner(block))
 
     def _select(self, plan: ReadPlan, rows: LogitsRows) -> None:
         """Drops all but `rows` from the residual and the contributions."""
@@ -162,7 +244,7 @@ class ResidualStream:
             first = first.to(self._dtype) + addend.to(self._dtype)
         return first
 
-    def _run(self, x: Tensor, moves: tuple[Move, ...]) -> Tensor:
+    def _run(self, x: Tensor, moves: Iterable[Move]) -> Tensor:
         for move in moves:
             x = self.move(x, move)
         return x
@@ -188,6 +270,8 @@ class ResidualStream:
                 mine = counts[comm.seat.index(axes)]
                 parts = comm.all_to_all(x, axes, counts, [mine] * len(counts))
                 return _beside(parts, len(counts))
+            case Op.DISPATCH | Op.COMBINE:
+                raise PlacementError(f"{move}: takes rows with their choice of experts")
 
     def _check_rows(self, block: str, x: Tensor, placement: Placement) -> None:
         start, stop = self.rows.span(self.comm.seat.rank, placement.row_axes)
@@ -209,6 +293,7 @@ class Normed:
         self._stream = stream
         self._plan = plan
         self._held: dict[Placement, Tensor] = {plan.residual: h}
+        self._forks: dict[str, torch.cuda.Event] = {}
 
     def to(self, block: str) -> Tensor:
         """The rows in the placement that `block` needs; each distinct delivery is moved once.
@@ -221,8 +306,24 @@ class Normed:
                 if delivery.needs not in self._held:
                     source = self._held[self._plan.residual]
                     self._held[delivery.needs] = self._stream.deliver(source, delivery.route.moves)
-                return self._held[delivery.needs]
+                rows = self._held[delivery.needs]
+                if delivery.beside and rows.is_cuda and block not in self._forks:
+                    self._forks[block] = self._stream.fork(rows.device)
+                return rows
         raise PlacementError(f"{block}: the plan delivers nothing to it at {self._plan.name}")
+
+    def beside(self, block: str) -> AbstractContextManager[None]:
+        """Where `block` runs: on the second stream if the plan says so, beside what is launched
+        after its rows were delivered."""
+        if block not in self._forks:
+            return nullcontext()
+        return self._stream.beside(self._forks[block], self._held[self._plan.residual].device)
+
+
+@cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _beside(parts: Tensor, members: int) -> Tensor:

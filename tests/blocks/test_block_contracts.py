@@ -5,7 +5,7 @@ one rank. The inner moves that a block declares are carried out by a real stream
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
@@ -41,7 +41,18 @@ from isomoe.blocks.lightning import slopes
 from isomoe.comm import Communicator, SimWorld
 from isomoe.errors import ConfigError
 from isomoe.kernels import AttentionBatch, ClampedSwiGlu, Routing, Span, SwiGlu
-from isomoe.layout import Mesh, Parallelism, Regime, RegimePlan, Seat, TokenRows
+from isomoe.layout import (
+    A2ABackend,
+    Mesh,
+    Move,
+    Parallelism,
+    Regime,
+    RegimePlan,
+    Seat,
+    TokenRows,
+    Variant,
+    WireFormat,
+)
 from isomoe.stream import ResidualStream
 from support import PAGE, attention_batch, coordinates, held_rows, leaves_of
 
@@ -286,6 +297,24 @@ CASES = [
 ]
 
 
+def ways(layout: Parallelism) -> Iterator[Parallelism]:
+    """A layout with each of the ways between rows and experts."""
+    yield layout
+    if layout.tp_size > 6 or layout.moe_dense_tp_size or layout.enable_dp_lm_head:
+        return  # the other ways are no different there
+    packed = replace(layout, moe_wire_format=WireFormat.FP8)
+    yield packed
+    if layout.ep_size > 1:
+        for one in (layout, packed):
+            yield replace(one, moe_a2a_backend=A2ABackend.TORCH)
+            yield replace(
+                one,
+                moe_a2a_backend=A2ABackend.TORCH,
+                ep_num_redundant_experts=2 * layout.ep_size,
+            )
+            yield replace(one, ep_num_redundant_experts=layout.ep_size)
+
+
 def layouts() -> Iterator[Parallelism]:
     for tp in (1, 2, 3, 4, 6, 8, 12):
         degrees = [d for d in range(1, tp + 1) if tp % d == 0]
@@ -303,14 +332,17 @@ def layouts() -> Iterator[Parallelism]:
 def meshes(case: Case) -> Iterator[Mesh]:
     """One for each way in which the block can be sharded on axes of their own."""
     seen = set()
-    for layout in layouts():
+    routed = case.name.startswith("SparseMoe")
+    for layout in (one for plain in layouts() for one in (ways(plain) if routed else (plain,))):
         try:
             mesh = Mesh.of(layout, case.kv_heads)
             spec = case.build(Seat(mesh, 0)).spec
         except ConfigError:
             continue
-        key = (mesh.axes, mesh.attn_dp, spec.variants, spec.inner, layout.ep_size)
-        if not case.name.startswith("SparseMoe"):
+        key = (mesh.axes, mesh.attn_dp, spec.variants, layout.ep_size)
+        if routed:
+            key = (*key, layout.ep_num_redundant_experts, layout.moe_wire_format)
+        else:
             key = key[:-1]
         if key not in seen:
             seen.add(key)
@@ -344,24 +376,26 @@ def run(
     rows: TokenRows,
     given: Sequence[Tensor],
     batches: Sequence[Batch],
+    variant: Variant | None = None,
 ) -> list[Tensor]:
     """What each rank's block gives, its inner moves carried out on simulated ranks."""
     spec = blocks[0].spec
+    variant = variant or spec.variants[0]
     plan = RegimePlan(
         regime=Regime(rows=len(rows.real), equal=False),
         mesh=mesh,
         embedding="",
         embedding_gives=spec.variants[0].gives,
         reads=(),
-        inner=((spec.name, spec.inner),),
-        kinds={},
+        inner=((spec.name, variant.inner),) if variant.inner else (),
+        kinds={spec.name: spec.kind},
         predicted_us=0.0,
     )
 
     def rank_main(comm: Communicator) -> Tensor:
         rank = comm.seat.rank
         stream = ResidualStream(plan, comm, rows, torch.float32)
-        return blocks[rank](given[rank], batches[rank], stream.collect)
+        return blocks[rank](given[rank], batches[rank], stream)
 
     return SimWorld(mesh).run(rank_main)
 
@@ -372,6 +406,7 @@ class Step:
 
     groups: int
     case: Case
+    form: WireFormat = WireFormat.NONE
     given: Tensor = field(init=False)
     expected: Tensor = field(init=False)
 
@@ -388,7 +423,7 @@ class Step:
         self.expected = torch.cat([self.on_one_rank(group) for group in range(self.groups)])
 
     def on_one_rank(self, group: int) -> Tensor:
-        seat = Seat(Mesh.of(Parallelism()), 0)
+        seat = Seat(Mesh.of(Parallelism(moe_wire_format=self.form)), 0)
         block = self.case.build(seat)
         self.shapes = fill(block, seed=1)
         start = sum(self.held[:group])
@@ -416,12 +451,15 @@ def as_attention(lengths: Sequence[int]) -> AttentionBatch:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_block_gives_what_it_declares(case: Case) -> None:
-    steps: dict[int, Step] = {}
+    steps: dict[tuple[int, WireFormat], Step] = {}
     tried = 0
     with torch.inference_mode():
         for mesh in meshes(case):
             groups = mesh.parallelism.attn_dp_size
-            step = steps.setdefault(groups, Step(groups, case))
+            key = groups, mesh.parallelism.moe_wire_format
+            if key not in steps:
+                steps[key] = Step(groups, case, key[1])
+            step = steps[key]
             tried += check(case, mesh, step)
     assert tried > 10
 
@@ -443,8 +481,8 @@ def check(case: Case, mesh: Mesh, step: Step) -> int:
         shards = len(mesh.attn_dp) if variant.needs is None else str(variant.needs).count("S")
         given = [step.given[held_rows(mesh.axes, owner, r, shards)] for r in range(mesh.size)]
         # Features that are sharded behind a block are joined by its inner moves.
-        gives = str(spec.inner[-1].after if "C" in str(variant.gives) else variant.gives)
-        out = run(blocks, mesh, rows, given, batches)
+        gives = str(variant.inner[-1].after if "C" in str(variant.gives) else variant.gives)
+        out = run(blocks, mesh, rows, given, batches, variant)
         compare(mesh, gives, out, step.expected, owner, f"{mesh.axes} {variant}")
     return len(spec.variants)
 
@@ -606,8 +644,11 @@ def test_shards_cover_every_weight(case: Case) -> None:
             assert mask.min() >= 1, f"{mesh.axes}: {name} is not kept whole"
 
 
-def nothing_moves(block: str, features: Tensor) -> Tensor:
-    raise AssertionError(f"{block} declares no inner moves")
+class NothingMoves:
+    """For a block that declares no inner moves."""
+
+    def inner(self, block: str) -> tuple[Move, ...]:
+        return ()
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2,ep2", "tp3", "tp6,dp2,ep6", "tp4,dp4,ep2"])
@@ -639,7 +680,7 @@ def test_padding_rows_are_routed_nowhere(layout: str) -> None:
         for row in local[~is_padding].tolist():
             mine = range(owned * share, (owned + 1) * share)
             assert row == [e - mine.start if e in mine else -1 for e in range(24)]
-        given = block(x, batch, nothing_moves)
+        given = block(x, batch, NothingMoves())
         assert (given[is_padding] == 0).all()
         assert (given[~is_padding] != 0).any(dim=1).all()
 
@@ -746,7 +787,7 @@ def test_experts_are_the_same_however_they_are_stored() -> None:
         for here in (True, False):
             # Experts 1 and 2 of this rank, and columns 2 to 4 of each.
             leaf = ExpertWeights(
-                "mlp", experts, hidden, width, (1, 3), (2, 5), names, bias_here=here
+                "mlp", experts, hidden, width, (1, 2), (2, 5), names, bias_here=here
             )
             leaf.allocate(torch.float32, torch.device("cpu"))
             found = list(leaf.slices())

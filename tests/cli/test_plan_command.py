@@ -1,6 +1,7 @@
 """`isomoe plan` as a script sees it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,104 @@ def test_the_table_names_blocks_moves_and_what_they_beat(plan: Plan) -> None:
     assert code == 0
     assert "mlp.experts x" in out
     assert "instead of" in out
+
+
+GROUPS = ("--tp", "4", "--attn-dp-size", "2", "--ep", "4")
+
+
+def test_explain_prints_what_lost_and_by_how_much(plan: Plan) -> None:
+    code, out, errors = plan(*GROUPS, "--rows", "512", "--explain")
+    assert (code, errors) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines.count("instead us lost by") == 2  # of the equal steps, and of the ragged ones
+    assert any(re.match(r"residual S[SR] everywhere [\d,]+ [\d.,]+ us [\d.]+%$", x) for x in lines)
+    assert "lost by" not in plan(*GROUPS, "--rows", "512")[1]
+
+
+def test_explain_adds_the_alternatives_of_each_regime(plan: Plan) -> None:
+    shown = document(plan, *GROUPS, "--explain")
+    for regime in shown["regimes"]:
+        others = regime["alternatives"]
+        assert others
+        costs = [other["predicted_us"] for other in others]
+        assert costs == sorted(costs)
+        for other in others:
+            assert set(other) == {"what", "predicted_us", "lost_by_us"}
+            lost_by = other["predicted_us"] - regime["predicted_us"]
+            assert other["lost_by_us"] == pytest.approx(lost_by, abs=2e-3)  # both are rounded
+            assert other["lost_by_us"] >= 0
+    assert "alternatives" not in document(plan, *GROUPS)["regimes"][0]
+
+
+def test_one_rank_has_no_alternatives(plan: Plan) -> None:
+    code, out, _ = plan("--explain", "--rows", "8")
+    assert code == 0
+    assert "lost by" not in out
+    assert [r["alternatives"] for r in document(plan, "--explain", "--rows", "8")["regimes"]] == [
+        []
+    ]
+
+
+def without_beaten(shown: Any) -> Any:
+    """All but what each route beat, which is no part of a pinned plan."""
+    if isinstance(shown, dict):
+        return {
+            k: without_beaten(v) for k, v in shown.items() if k not in ("beats", "alternatives")
+        }
+    return list(map(without_beaten, shown)) if isinstance(shown, list) else shown
+
+
+def test_a_plan_that_was_printed_is_followed(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    shown = document(plan, *GROUPS, "--explain")
+    file.write_text(json.dumps(shown))
+    assert document(plan, *GROUPS, "--plan", str(file)) == without_beaten(shown)
+    code, out, errors = plan(*GROUPS, "--plan", str(file))
+    assert (code, errors) == (0, "")
+    assert "mlp.experts x" in out
+
+
+def test_a_pinned_plan_need_not_be_the_cheapest(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    shown = document(plan, *GROUPS)
+    few, *_, many = (regime for regime in shown["regimes"] if regime["equal"])
+    assert few["settles"] != many["settles"]
+    # Steps of few rows do as those of many.
+    moved = ("residual", "settles", "deliveries", "inner")
+    few.update({key: many[key] for key in moved})
+    file.write_text(json.dumps(shown))
+    first = document(plan, *GROUPS, "--plan", str(file), "--explain")["regimes"][0]
+    cheapest = first["alternatives"][0]
+    assert cheapest["what"] == "the cheapest"
+    assert cheapest["lost_by_us"] < 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "words", "said"),
+    [
+        (None, GROUPS, "no such file"),
+        (lambda d: None, ("--tp", "4"), "plan: layout is 'tp4,dp2,ep4', not tp4 as here"),
+        (lambda d: d.pop("mesh"), GROUPS, "plan: 'mesh' is missing"),
+        (
+            lambda d: d["regimes"][0]["settles"].pop(),
+            GROUPS,
+            "equal-8: model.norm: nothing settles",
+        ),
+        (lambda d: None, (*GROUPS, "--rows", "8"), "--rows 8: the regimes are those of --plan"),
+    ],
+)
+def test_a_file_without_a_right_plan_is_one_line_and_exit_code_two(
+    plan: Plan, tmp_path: Path, edit: Callable[[Any], None] | None, words: Any, said: str
+) -> None:
+    file = tmp_path / "plan.json"
+    if edit is not None:
+        shown = document(plan, *GROUPS)
+        edit(shown)
+        file.write_text(json.dumps(shown))
+    code, out, errors = plan(*words, "--plan", str(file))
+    assert (code, out) == (2, "")
+    assert said in errors
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(

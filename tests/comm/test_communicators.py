@@ -1,20 +1,31 @@
 """One contract for all communicators: simulated ranks, staged ones, and processes over Gloo."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
-from comm_cases import COUNTS, MESHES, Case, cases, gloo_rank, groups_along, run_all
+from comm_cases import (
+    COUNTS,
+    MESHES,
+    Case,
+    cases,
+    drawn,
+    gloo_rank,
+    groups_along,
+    in_rank_order,
+    run_all,
+)
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from isomoe.comm import Communicator, LocalComm, SimWorld, torch_communicator
-from isomoe.comm.torch_comm import StagedComm
+from isomoe.comm.torch_comm import GlooComm, NcclComm, StagedComm
 from isomoe.errors import CollectiveError
-from isomoe.layout import Mesh, Parallelism, Seat
+from isomoe.layout import Axes, Mesh, Parallelism, Seat
 from support import runs
 
 Results = list[dict[str, Tensor]]
@@ -82,7 +93,101 @@ def test_the_cases_are_as_hard_as_they_claim() -> None:
     names = [case.name for case in cases()]
     assert len(set(names)) == len(names)
     methods = {name for name, value in vars(Communicator).items() if callable(value)} - {"__init__"}
-    assert methods == {name.split()[0] for name in names}, "a collective without a case"
+    assert methods - {"sum_add_norm"} == {name.split()[0] for name in names}, "one without a case"
+
+
+class Doubling:
+    """A norm of sorts: the sum, and twice that."""
+
+    weight, eps, dtype = torch.ones(3), 0.0, torch.float32
+
+    def after_adding(self, residual: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + addend
+        return total, 2 * total
+
+
+@pytest.mark.parametrize("kind", ["whole", *COUNTS])
+@pytest.mark.parametrize("world_size", MESHES)
+def test_a_sum_with_what_follows_it_is_that_of_plain_tensors(world_size: int, kind: str) -> None:
+    """Of simulated ranks that fuse; `COUNTS` are of the members that get rows of their own."""
+    mesh = MESHES[world_size]
+    counts = COUNTS.get(kind)
+    for axes in runs(len(mesh.axes)):
+        for dtype in (torch.float32, torch.bfloat16):
+            held = run_fused(mesh, axes, counts, dtype)
+            for group in groups_along(mesh, axes):
+                total = in_rank_order([addends(rank, len(group), counts, dtype) for rank in group])
+                ends = list(accumulate(counts[: len(group)])) if counts else []
+                for place, rank in enumerate(group):
+                    mine = total[ends[place] - counts[place] : ends[place]] if counts else total
+                    expected = residual(rank, len(mine)) + mine
+                    added, normed = held[rank]
+                    assert torch.equal(added, expected)
+                    assert torch.equal(normed, 2 * expected)
+
+
+def addends(rank: int, members: int, counts: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+    return drawn((sum(counts[:members]) if counts else 5, 3), dtype, rank)
+
+
+def residual(rank: int, rows: int) -> Tensor:
+    return drawn((rows, 3), torch.float32, 50 + rank)
+
+
+def run_fused(
+    mesh: Mesh, axes: Axes, counts: Sequence[int] | None, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """One fused sum on each rank, which must be one collective for each group."""
+    world = SimWorld(mesh, fuses=True)
+    members = len(groups_along(mesh, axes)[0])
+
+    def rank_main(comm: Communicator) -> tuple[Tensor, Tensor]:
+        rank = comm.seat.rank
+        x = addends(rank, members, counts, dtype)
+        place = next(group.index(rank) for group in groups_along(mesh, axes) if rank in group)
+        rows = counts[place] if counts else len(x)
+        mine = counts and counts[:members]
+        done = comm.sum_add_norm(x, axes, mine, residual(rank, rows), Doubling())
+        assert done is not None
+        assert torch.equal(x, addends(rank, members, counts, dtype)), "the addends were changed"
+        return done
+
+    held = world.run(rank_main)
+    assert world.calls == len(groups_along(mesh, axes))
+    return held
+
+
+def declined(comm: Communicator) -> bool:
+    """Whether it declines sums with what follows them, of either form, and changes nothing."""
+    x, before = ROWS.clone(), ROWS.clone()
+    answers = [
+        comm.sum_add_norm(x, (0,), None, before, Doubling()),
+        comm.sum_add_norm(x, (0,), [2, 2], before[:2], Doubling()),
+    ]
+    assert torch.equal(x, ROWS)
+    assert torch.equal(before, ROWS)
+    return answers == [None, None]
+
+
+def test_simulated_ranks_that_do_not_fuse_decline_and_send_nothing() -> None:
+    world = SimWorld(MESHES[2], fuses=False)
+    assert world.run(declined) == [True, True]
+    # Were anything sent, a lone caller would wait in it.
+    assert world.run(lambda comm: comm.seat.rank == 1 or declined(comm)) == [True, True]
+    assert world.calls == 0
+
+
+def test_communicators_without_such_sums_decline_and_send_nothing() -> None:
+    """They have no group that anything could be sent to, and nobody else calls."""
+    seat = Seat(MESHES[2], 1)
+    alone = LocalComm(seat)
+    for comm in (
+        alone,
+        GlooComm(seat, {}),
+        NcclComm(seat, {}),
+        StagedComm(alone, torch.device("cpu")),
+    ):
+        assert declined(comm), type(comm)
 
 
 def broken(rank_main: Callable[[Communicator], object], mesh: Mesh = MESHES[4]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from layout_oracles import LEGAL_TURNS, distances
+from layout_oracles import LEGAL_TURNS, distances, legal_moves
 
 from isomoe.errors import PlacementError
 from isomoe.layout import (
@@ -15,6 +15,7 @@ from isomoe.layout import (
     Chain,
     CostModel,
     FittedLink,
+    FusedSums,
     Machine,
     Mesh,
     Move,
@@ -23,6 +24,7 @@ from isomoe.layout import (
     Placement,
     Plan,
     Planner,
+    Rate,
     ReadSpec,
     Regime,
     RegimePlan,
@@ -68,7 +70,7 @@ def model(mesh: Mesh, layers: int = 1) -> Chain:
         shared = BlockSpec(name=f"{i}.dense", kind="dense", variants=dense)
         reads.append(ReadSpec(name=f"{i}.norm2", consumers=(experts, shared)))
     lm_head = BlockSpec(
-        name="lm_head", kind="lm_head", variants=(Variant(letters(mesh, 0), head),), inner=inner
+        name="lm_head", kind="lm_head", variants=(Variant(letters(mesh, 0), head, inner),)
     )
     reads.append(ReadSpec(name="norm", consumers=(lm_head,), selects_rows=True))
     embedding = BlockSpec(
@@ -97,6 +99,39 @@ def microseconds(
     return float(rate.alpha_us + sent * (2 if op == "all_reduce" else 1) / rate.bytes_per_us)
 
 
+def savings(
+    mesh: Mesh, machine: Machine, regime: Regime, goal: str, to: dict[str, dict[str, float]]
+) -> dict[str, float]:
+    """What a fused last sum saves on the way to `goal`, by where the way begins."""
+    if machine.fused is None:
+        return {}
+    found: dict[str, float] = {}
+    for op, run, before, after in legal_moves(len(mesh.axes)):
+        if after != goal or op not in ("all_reduce", "reduce_scatter"):
+            continue
+        members = spread = 1
+        for axis, size in enumerate(mesh.axes):
+            members *= size if axis in run else 1
+            spread *= size if axis >= run[0] else 1
+        held = float(regime.rows * HIDDEN * machine.wire_bytes)
+        for size in mesh.axes[: before.count("S")]:
+            held /= size
+        if spread > machine.local_ranks or held > machine.fused.max_bytes:
+            continue
+        read = held * (members - 1)
+        launched = 0.0 if regime.equal else machine.fused.host_us
+        if op == "all_reduce":
+            us = launched + machine.fused.whole.alpha_us + read / machine.fused.whole.bytes_per_us
+        else:
+            rate = machine.fused.scattered
+            us = launched + rate.alpha_us + read / members / rate.bytes_per_us
+        for start, there in to[before].items():
+            if there < float("inf"):
+                gain = to[goal][start] - (there + us)
+                found[start] = max(found.get(start, 0.0), gain)
+    return found
+
+
 def least_cost(chain: Chain, machine: Machine, regime: Regime) -> float:
     """The cheapest choice of placements, by trying all of them."""
     mesh = chain.mesh
@@ -106,7 +141,8 @@ def least_cost(chain: Chain, machine: Machine, regime: Regime) -> float:
         fewer = min(before.count("S"), after.count("S"))
         return microseconds(mesh, machine, regime, op, run, fewer)
 
-    to = {goal: distances(axes, goal, cost) for goal in placements(axes, "SR")}
+    to = {goal: distances(axes, goal, cost) for goal in placements(axes, "SRP")}
+    saved = {goal: savings(mesh, machine, regime, goal, to) for goal in placements(axes, "SR")}
     residuals = ["S" * k + "R" * (axes - k) for k in range(len(mesh.attn_dp), axes + 1)]
     picks = [product(residuals, *(b.variants for b in read.consumers)) for read in chain.reads]
     best = float("inf")
@@ -115,16 +151,33 @@ def least_cost(chain: Chain, machine: Machine, regime: Regime) -> float:
         for residual, *variants in path:
             moved = written if carried is None else [*written, carried]
             total += sum(to[residual][gives] for gives in moved)
+            if carried is not None:  # one of what was written may be summed as it is added
+                total -= max(saved[residual].get(gives, 0.0) for gives in written)
             total += sum(to[str(needs)][residual] for needs in {v.needs for v in variants})
             carried, written = residual, {str(v.gives) for v in variants}
         best = min(best, total)
     return best
 
 
+FUSES = {
+    "some": FusedSums(
+        whole=Rate(alpha_us=3.0, bytes_per_us=3e5),
+        scattered=Rate(alpha_us=4.0, bytes_per_us=2e5),
+        host_us=2.0,
+        max_bytes=1 << 20,
+    ),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("fused", FUSES.values(), ids=FUSES)
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 @pytest.mark.parametrize("layout", [p for p in LAYOUTS if p.tp_size <= 8], ids=str)
-def test_no_choice_of_placements_is_cheaper(layout: Parallelism, machine: Machine) -> None:
+def test_no_choice_of_placements_is_cheaper(
+    layout: Parallelism, machine: Machine, fused: FusedSums | None
+) -> None:
     chain = model(Mesh.of(layout))
+    machine = replace(machine, fused=fused)
     for bound in make_plan(chain, machine).regimes:
         expected = least_cost(chain, machine, bound.regime)
         # 1e-9: the same few sums in another order, in doubles.
@@ -158,7 +211,8 @@ def test_a_plan_is_the_sum_of_its_moves_and_fits_end_to_end(
                 assert read.carry.gives == carried
             assert [d.consumer for d in read.deliveries] == [b.name for b in asked.consumers]
             for d in read.deliveries:
-                assert Variant(d.needs, d.gives) in specs[d.consumer].variants
+                inner = dict(bound.inner).get(d.consumer, ())
+                assert Variant(d.needs, d.gives, inner) in specs[d.consumer].variants
                 assert_leads(d.route.moves, read.residual, d.needs)
             total += sum({d.needs: d.route.predicted_us for d in read.deliveries}.values())
             carried, written = read.residual, {d.consumer: d.gives for d in read.deliveries}
@@ -185,7 +239,8 @@ def test_a_beaten_route_is_no_cheaper_than_the_one_taken(
             for part in (*read.settles, *read.deliveries):
                 if part.route.beats:
                     assert part.route.beats.predicted_us >= part.route.predicted_us
-                    assert part.route.beats.moves[0] != part.route.moves[0]
+                    differs = part.route.beats.moves[0] != part.route.moves[0]
+                    assert differs or part.route.fused
 
 
 def expert_moves(bound: RegimePlan) -> tuple[list[str], list[str]]:
@@ -216,7 +271,8 @@ def test_choices_of_blocks_that_move_something_inside_are_told_apart() -> None:
     chain = model(Mesh.of(Parallelism(tp_size=4)))
     *reads, last = chain.reads
     (head,) = last.consumers
-    bare = replace(last, consumers=(replace(head, inner=()),))
+    variants = tuple(replace(variant, inner=()) for variant in head.variants)
+    bare = replace(last, consumers=(replace(head, variants=variants),))
     regime = regimes(chain.mesh)[0]
     one, other = (
         Planner(c).choose(MACHINES["cpu"], regime).key

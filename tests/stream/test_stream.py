@@ -308,8 +308,7 @@ def test_collect_joins_features_and_trades_them_for_rows() -> None:
     head = BlockSpec(
         name="head",
         kind="head",
-        variants=(Variant(Placement("RR"), Placement("CC")),),
-        inner=inner,
+        variants=(Variant(Placement("RR"), Placement("CC"), inner),),
     )
     embed = BlockSpec(name="embed", kind="e", variants=(Variant(None, Placement("SR")),))
     plan = make_plan(

@@ -11,7 +11,14 @@ from isomoe.blocks.batch import Batch
 from isomoe.blocks.block import Block, Inner
 from isomoe.blocks.cache import Memory
 from isomoe.blocks.embedding import Embedding, LmHead, Lookup
-from isomoe.blocks.expert_names import PER_EXPERT, ExpertNames, PerExpert, Stacked, Transposed
+from isomoe.blocks.expert_names import (
+    PER_EXPERT,
+    ExpertNames,
+    PerExpert,
+    Stacked,
+    Transposed,
+    runs,
+)
 from isomoe.blocks.experts import ExpertWeights, SparseMoe
 from isomoe.blocks.ffn import Gated, GatedMLP, SigmoidGate
 from isomoe.blocks.leaf import Leaf, WeightSlice
@@ -19,8 +26,10 @@ from isomoe.blocks.lightning import GatedGroupNorm, LightningAttention, Lightnin
 from isomoe.blocks.linear import Linear, Part, Router, RowLinear
 from isomoe.blocks.mla import LatentAttention, LatentCore, LowRankQuery
 from isomoe.blocks.norm import RMSNorm
+from isomoe.blocks.ownership import Ownership
 from isomoe.blocks.rope import Rope
 from isomoe.blocks.wide_norm import SquareSums, WideNormAttention, WideNormCore
+from isomoe.blocks.wire import Pack, Unpack
 from isomoe.kernels import (
     CAUSAL,
     SWIGLU,
@@ -69,6 +78,8 @@ __all__ = [
     "Lookup",
     "LowRankQuery",
     "Memory",
+    "Ownership",
+    "Pack",
     "Part",
     "PerExpert",
     "QueryScale",
@@ -81,7 +92,9 @@ __all__ = [
     "SquareSums",
     "Stacked",
     "Transposed",
+    "Unpack",
     "WeightSlice",
     "WideNormAttention",
     "WideNormCore",
+    "runs",
 ]

@@ -1,16 +1,33 @@
 """What a block is: leaves, and a declaration of the placements it takes and gives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
+from typing import Protocol
 
 from torch import Tensor
 
 from isomoe.blocks.batch import Batch
 from isomoe.blocks.leaf import Leaf
-from isomoe.layout import Axes, BlockSpec, Letter, Mesh, Variant, row_sharded
+from isomoe.layout import Axes, BlockSpec, Letter, Mesh, Move, Variant, row_sharded
 
-Inner = Callable[[str, Tensor], Tensor]
-"""Carries out the inner moves that the named block declares, on features that it shards."""
+Routed = tuple[tuple[Tensor, ...], Tensor, Tensor]
+"""Hidden states in the wire format, [T, K] int32 physical experts (-1: none), [T, K] weights."""
+
+
+class Inner(Protocol):
+    """Carries out the inner moves that the named block declares: the residual stream does."""
+
+    def inner(self, block: str) -> tuple[Move, ...]:
+        """Those of the variant that the plan has chosen."""
+
+    def collect(self, block: str, features: Tensor) -> Tensor:
+        """On features that it shards."""
+
+    def spread(self, block: str, rows: Routed, per_rank: int) -> Routed:
+        """On rows that have chosen experts, of which each rank has `per_rank`."""
+
+    def unite(self, block: str, out: Tensor) -> Tensor:
+        """On what came of those rows."""
 
 
 class Block:

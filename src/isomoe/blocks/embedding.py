@@ -97,13 +97,12 @@ class LmHead(Block):
         self.spec = BlockSpec(
             name=name,
             kind="lm_head",
-            variants=(Variant(needs, gives),),
-            inner=_to_own_rows(mesh),
+            variants=(Variant(needs, gives, _to_own_rows(mesh)),),
         )
 
     def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
         """x: [rows, hidden] -> logits [rows of this rank's group, vocab], padding dropped."""
-        return inner(self.name, self.project(x))[:, : self.vocab_size]
+        return inner.collect(self.name, self.project(x))[:, : self.vocab_size]
 
 
 def _to_own_rows(mesh: Mesh) -> tuple[Move, ...]:

@@ -1,7 +1,7 @@
 """How checkpoints store experts.  E experts, H hidden size, I width of an expert."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,7 +16,8 @@ class ExpertShard:
     """What a rank holds of a layer's experts, to be filled.
 
     Attributes:
-        owned, width: [start, stop) of the experts, and of each one's columns.
+        held: the expert in each slot.
+        width: [start, stop) of each expert's columns.
         gate_up: [L, 2I, H], gate first; down: [L, H, I]; of this rank.
         gate_up_bias, down_bias: [L, 2I] and [L, H], or None.
         bias_here: whether this rank adds the down projections' bias.
@@ -26,13 +27,31 @@ class ExpertShard:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    owned: tuple[int, int]
+    held: tuple[int, ...]
     width: tuple[int, int]
     gate_up: Tensor
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     bias_here: bool
+
+    def parts(self) -> Iterator[tuple[slice, slice]]:
+        """Runs of slots that hold neighbouring experts, and those experts."""
+        slot = 0
+        for first, stop in runs(self.held):
+            yield slice(slot, slot + stop - first), slice(first, stop)
+            slot += stop - first
+
+
+def runs(held: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, stop) of the experts in neighbouring slots, as long as they are neighbours too."""
+    found: list[tuple[int, int]] = []
+    for expert in held:
+        if found and found[-1][1] == expert:
+            found[-1] = (found[-1][0], expert + 1)
+        else:
+            found.append((expert, expert + 1))
+    return found
 
 
 class ExpertNames(ABC):
@@ -60,17 +79,16 @@ class PerExpert(ExpertNames):
     def slices(self, shard: ExpertShard) -> Iterator[WeightSlice]:
         mine = slice(*shard.width)
         full = (shard.intermediate_size, shard.hidden_size)
-        for expert in range(shard.num_experts):
-            here = shard.owned[0] <= expert < shard.owned[1]
-            local = expert - shard.owned[0] if here else 0
-            gate, up = shard.gate_up[local].chunk(2)
+        absent = set(range(shard.num_experts)) - set(shard.held)
+        for slot, expert in (*enumerate(shard.held), *((0, expert) for expert in sorted(absent))):
+            gate, up = shard.gate_up[slot].chunk(2)
             for which, shape, index, out in (
                 (self.gate, full, (mine, _ALL), gate),
                 (self.up, full, (mine, _ALL), up),
-                (self.down, full[::-1], (_ALL, mine), shard.down[local]),
+                (self.down, full[::-1], (_ALL, mine), shard.down[slot]),
             ):
                 kept = WeightSlice(f"{shard.name}.{expert}.{which}.weight", shape, index, out)
-                yield kept if here else kept.nothing()
+                yield kept.nothing() if expert in absent else kept
 
 
 @dataclass(frozen=True)
@@ -83,17 +101,19 @@ class Stacked(ExpertNames):
     down: str = "down_proj"
 
     def slices(self, shard: ExpertShard) -> Iterator[WeightSlice]:
-        owned, mine = slice(*shard.owned), slice(*shard.width)
+        mine = slice(*shard.width)
         shape = (shard.num_experts, shard.intermediate_size, shard.hidden_size)
         gate, up = shard.gate_up.chunk(2, dim=1)
-        for which, out in ((self.gate, gate), (self.up, up)):
-            yield WeightSlice(f"{shard.name}.{which}.weight", shape, (owned, mine, _ALL), out)
-        yield WeightSlice(
-            f"{shard.name}.{self.down}.weight",
-            (shape[0], shape[2], shape[1]),
-            (owned, _ALL, mine),
-            shard.down,
-        )
+        for slots, experts in shard.parts():
+            for which, out in ((self.gate, gate), (self.up, up)):
+                name, index = f"{shard.name}.{which}.weight", (experts, mine, _ALL)
+                yield WeightSlice(name, shape, index, out[slots])
+            yield WeightSlice(
+                f"{shard.name}.{self.down}.weight",
+                (shape[0], shape[2], shape[1]),
+                (experts, _ALL, mine),
+                shard.down[slots],
+            )
 
 
 @dataclass(frozen=True)
@@ -109,23 +129,25 @@ class Transposed(ExpertNames):
     has_bias: bool = False
 
     def slices(self, shard: ExpertShard) -> Iterator[WeightSlice]:
-        owned, mine = slice(*shard.owned), slice(*shard.width)
-        experts, width, hidden = shard.num_experts, shard.intermediate_size, shard.hidden_size
-        both = f"{shard.name}.gate_up_proj"
-        for columns, out in zip(self._columns(shard), shard.gate_up.chunk(2, dim=1), strict=True):
-            yield WeightSlice(
-                both, (experts, hidden, 2 * width), (owned, _ALL, columns), out.transpose(1, 2)
-            )
-        down = f"{shard.name}.down_proj"
-        yield WeightSlice(
-            down, (experts, width, hidden), (owned, mine, _ALL), shard.down.transpose(1, 2)
-        )
-        if shard.gate_up_bias is not None and shard.down_bias is not None:
-            biases = shard.gate_up_bias.chunk(2, dim=1)
-            for columns, out in zip(self._columns(shard), biases, strict=True):
-                yield WeightSlice(f"{both}_bias", (experts, 2 * width), (owned, columns), out)
-            bias = WeightSlice(f"{down}_bias", (experts, hidden), (owned, _ALL), shard.down_bias)
-            yield bias if shard.bias_here else bias.nothing()
+        mine = slice(*shard.width)
+        count, width, hidden = shard.num_experts, shard.intermediate_size, shard.hidden_size
+        both, down = f"{shard.name}.gate_up_proj", f"{shard.name}.down_proj"
+        halves = list(zip(self._columns(shard), shard.gate_up.chunk(2, dim=1), strict=True))
+        for slots, experts in shard.parts():
+            for columns, out in halves:
+                index = (experts, _ALL, columns)
+                part = out[slots].transpose(1, 2)
+                yield WeightSlice(both, (count, hidden, 2 * width), index, part)
+            part = shard.down[slots].transpose(1, 2)
+            yield WeightSlice(down, (count, width, hidden), (experts, mine, _ALL), part)
+            if shard.gate_up_bias is not None and shard.down_bias is not None:
+                biases = shard.gate_up_bias.chunk(2, dim=1)
+                for columns, out in zip(self._columns(shard), biases, strict=True):
+                    name, shape = f"{both}_bias", (count, 2 * width)
+                    yield WeightSlice(name, shape, (experts, columns), out[slots])
+                whole = (experts, _ALL)
+                bias = WeightSlice(f"{down}_bias", (count, hidden), whole, shard.down_bias[slots])
+                yield bias if shard.bias_here else bias.nothing()
 
     def _columns(self, shard: ExpertShard) -> tuple[slice, slice]:
         """Those of gate, and of up."""

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from isomoe.blocks.batch import Batch
 from isomoe.blocks.block import Block, Inner, rowwise_variants
+from isomoe.blocks.expert_load import ExpertLoad
 from isomoe.blocks.expert_names import PER_EXPERT, ExpertNames, ExpertShard
 from isomoe.blocks.leaf import Leaf, WeightSlice
 from isomoe.blocks.linear import Router
+from isomoe.blocks.ownership import Ownership
+from isomoe.blocks.wire import Pack, Unpack
 from isomoe.errors import ConfigError
 from isomoe.kernels import (
     SWIGLU,
@@ -25,7 +28,22 @@ from isomoe.kernels import (
     packs,
     route,
 )
-from isomoe.layout import BlockSpec, Seat
+from isomoe.layout import (
+    NVFP4_RUN,
+    A2ABackend,
+    BlockSpec,
+    Bundle,
+    ExpertMap,
+    Letter,
+    Mesh,
+    Move,
+    Op,
+    Seat,
+    Variant,
+    WireFormat,
+    row_sharded,
+    slots_per_rank,
+)
 
 
 class ExpertWeights(Leaf):
@@ -37,7 +55,7 @@ class ExpertWeights(Leaf):
             rank of those that share an expert must, and only one.
 
     Attributes:
-        owned: [start, stop) of the experts.
+        held: the model's expert in each slot of this rank.
         width: [start, stop) of each expert's columns.
     """
 
@@ -47,7 +65,7 @@ class ExpertWeights(Leaf):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        owned: tuple[int, int],
+        held: tuple[int, ...],
         width: tuple[int, int],
         names: ExpertNames = PER_EXPERT,
         form: ExpertForm | None = None,
@@ -57,7 +75,7 @@ class ExpertWeights(Leaf):
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.owned = owned
+        self.held = held
         self.width = width
         self.names = names
         self.form = form or ExpertForm()
@@ -72,7 +90,7 @@ class ExpertWeights(Leaf):
             del self.gate_up, self.down
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
-        experts, width = self.owned[1] - self.owned[0], self.width[1] - self.width[0]
+        experts, width = len(self.held), self.width[1] - self.width[0]
         hidden = self.hidden_size
         self.gate_up = torch.zeros(experts, 2 * width, hidden, dtype=dtype, device=device)
         self.down = torch.zeros(experts, hidden, width, dtype=dtype, device=device)
@@ -89,7 +107,7 @@ class ExpertWeights(Leaf):
             num_experts=self.num_experts,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            owned=self.owned,
+            held=self.held,
             width=self.width,
             gate_up=self.gate_up,
             down=self.down,
@@ -113,8 +131,17 @@ class ExpertWeights(Leaf):
 class SparseMoe(Block):
     """Routed experts sharded over moe_ep, their width over moe_tp.
 
-    Needs R everywhere, gives P everywhere: each rank adds what its experts' shards contribute.
-    Padding rows are routed nowhere.
+    There are three ways to bring rows and experts together; the layout says which are offered.
+
+    - Gathered: needs R everywhere, gives P everywhere. Each rank routes all rows, and adds what its
+      experts' shards contribute.
+    - Gathered after routing: needs its own rows, packs them, and gathers them with their choice of
+      experts. Gives P everywhere.
+    - Exchanged: needs S over moe_ep. A row goes to the ranks of its experts alone, and what they
+      make of it comes back: gives S there, and P over moe_tp.
+
+    Where an expert has several copies, a row's number says which of them serves it, so that all
+    ranks that must agree do. Padding rows are routed nowhere.
 
     Args:
         routing: how experts are chosen and weighed.
@@ -125,6 +152,7 @@ class SparseMoe(Block):
         experts: the experts' name under `name`, empty for `name` itself.
         names: how the checkpoint stores them.
         scales_input: a row's weight multiplies what an expert takes, not what it gives.
+        location: which rank holds which expert; None: in order, or the trivial placement.
 
     Raises:
         ConfigError: if ep_size does not divide the experts, or moe_tp their width; or if so many
@@ -148,12 +176,25 @@ class SparseMoe(Block):
         names: ExpertNames = PER_EXPERT,
         activation: Activation = SWIGLU,
         scales_input: bool = False,
+        location: ExpertMap | None = None,
     ) -> None:
         _check(name, routing, num_experts)
         mesh = seat.mesh
+        form = mesh.parallelism.moe_wire_format
+        if form is WireFormat.NVFP4 and hidden_size % NVFP4_RUN:
+            raise ConfigError(
+                f"--moe-wire-format nvfp4: rows of {hidden_size} values do not split into runs of "
+                f"{NVFP4_RUN}; fp8 would work"
+            )
         self.num_experts = num_experts
         self.routing = routing
-        self.owned = seat.shard(num_experts, mesh.moe_ep, "experts")
+        redundant = mesh.parallelism.ep_num_redundant_experts
+        if redundant:
+            slots_per_rank(num_experts, redundant, mesh.parallelism.ep_size)
+        self.ownership = Ownership(
+            location or ExpertMap.trivial(num_experts, redundant),
+            *seat.shard(num_experts + redundant, mesh.moe_ep, "experts"),
+        )
         width = seat.shard(intermediate_size, mesh.moe_tp, "columns of an expert")
         self.router = Router(
             f"{name}.{router}",
@@ -168,24 +209,93 @@ class SparseMoe(Block):
             num_experts,
             hidden_size,
             intermediate_size,
-            self.owned,
+            self.ownership.held,
             width,
             names,
             ExpertForm(activation=activation, scales_input=scales_input),
             bias_here=seat.index(mesh.moe_tp) == 0,
         )
+        self.pack = Pack(form)
+        self.unpack = Unpack(form)
+        self.load: ExpertLoad | None = None
         self.spec = BlockSpec(
-            name=self.experts.name, kind="experts", variants=rowwise_variants(mesh, mesh.all)
+            name=self.experts.name, kind="experts", variants=_variants(mesh, routing.top_k)
         )
 
     def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
-        topk_weights, local_ids = self.route(self.router(x), batch)
-        return self.experts(x, local_ids, topk_weights)
+        moves = inner.inner(self.name)
+        logits = self.router(x)
+        values: tuple[Tensor, ...] = self.pack.forward(x)
+        if not moves:
+            weights, slots = self.route(logits, batch)
+            return self._served(values, slots, weights, x.dtype)
+        weights, ids = self.choose(logits, batch, moves[0].before.row_axes)
+        rows = (values, ids.int(), weights)
+        values, arrived, weights = inner.spread(self.name, rows, len(self.experts.held))
+        slots = self.ownership.slots(arrived.to(ids.dtype))
+        return inner.unite(self.name, self._served(values, slots, weights, x.dtype))
 
-    def route(self, router_logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Weights, and ids among this rank's experts: -1 for other ranks' and for padding rows."""
-        real = batch.real_rows(router_logits.device)
-        return route(router_logits, self.routing, self.router.correction, *self.owned, real)
+    def record_load(self, device: torch.device) -> ExpertLoad:
+        """Counts, from now on, how often each expert is chosen."""
+        held, count = self.experts.held, self.num_experts
+        self.load = ExpertLoad(held, count, self.experts.bias_here, device)
+        return self.load
+
+    def _served(
+        self, values: tuple[Tensor, ...], slots: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """What this rank's experts make of rows in the wire format."""
+        if self.load is not None:
+            self.load.add(slots)
+        return self.experts(self.unpack(values, dtype), slots, weights)
+
+    def route(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of all rows of the step: weights [T, K], and slots of this rank [T, K], -1 for experts of
+        other ranks and in padding rows."""
+        here = self.ownership
+        if here.location.is_identity:  # one kernel does it all
+            real = batch.real_rows(logits.device)
+            bias = self.router.correction
+            return route(logits, self.routing, bias, here.first, here.stop, real)
+        weights, ids = self.choose(logits, batch, row_axes=0)
+        return weights, here.slots(ids)
+
+    def choose(self, logits: Tensor, batch: Batch, row_axes: int) -> tuple[Tensor, Tensor]:
+        """Of this rank's rows when `row_axes` axes are S: weights [T, K], and physical experts of
+        all ranks [T, K], -1 in padding rows."""
+        start, stop = batch.rows.span(batch.rank, row_axes)
+        real = batch.real_rows(logits.device)
+        real = real if real is None else real[start:stop]
+        weights, ids = route(logits, self.routing, self.router.correction, real=real)
+        return weights, self.ownership.copies_for(ids, start)
+
+
+def _variants(mesh: Mesh, top_k: int) -> tuple[Variant, ...]:
+    """The ways that the layout offers; the plan takes the cheapest."""
+    layout = mesh.parallelism
+    bundle = Bundle(layout.moe_wire_format, top_k)
+    offered: list[Variant] = []
+    if layout.moe_a2a_backend in (A2ABackend.NONE, A2ABackend.AUTO):
+        offered += _gathered(mesh, bundle)
+    if layout.exchanges:
+        needs = row_sharded(len(mesh.moe_ep), len(mesh.axes))
+        gives = needs.put(Letter.P, mesh.moe_tp)
+        there = Move(Op.DISPATCH, mesh.moe_ep, needs, needs, bundle)
+        back = Move(Op.COMBINE, mesh.moe_ep, gives, gives, bundle)
+        offered.append(Variant(needs, gives, (there, back)))
+    return tuple(offered)
+
+
+def _gathered(mesh: Mesh, bundle: Bundle) -> Iterator[Variant]:
+    (whole,) = rowwise_variants(mesh, mesh.all)
+    packs = bundle.format is not WireFormat.NONE
+    if not packs or not mesh.attn_dp:
+        yield whole
+    assert whole.needs is not None
+    for prefix in range(max(1, len(mesh.attn_dp)), len(mesh.axes) + 1) if packs else ():
+        own = row_sharded(prefix, len(mesh.axes))
+        gather = Move(Op.ALL_GATHER, tuple(range(prefix)), own, whole.needs, bundle)
+        yield Variant(own, whole.gives, (gather,))
 
 
 def _check(name: str, routing: Routing, num_experts: int) -> None:

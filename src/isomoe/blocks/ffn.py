@@ -49,6 +49,7 @@ class GatedMLP(Block):
 
     Args:
         axes: the mesh axes over which the width is sharded; it gives P there.
+        beside: whether it may run beside the other blocks that its rows feed.
         gate: the name of a SigmoidGate on the output (Qwen2-MoE's shared expert), or None.
 
     Raises:
@@ -66,6 +67,7 @@ class GatedMLP(Block):
         kind: str = "dense FFN",
         gate: str | None = None,
         activation: Activation = SWIGLU,
+        beside: bool = False,
     ) -> None:
         if intermediate_size < 1:
             raise ConfigError(f"{name}: a {kind} of {intermediate_size} columns cannot be")
@@ -80,7 +82,9 @@ class GatedMLP(Block):
         self.activation = Gated(activation)
         self.down = RowLinear(f"{name}.down_proj", hidden_size, intermediate_size, (first, stop))
         self.gate = SigmoidGate([Part(gate, 1, 0, 1)], hidden_size) if gate else None
-        self.spec = BlockSpec(name=name, kind=kind, variants=rowwise_variants(seat.mesh, axes))
+        self.spec = BlockSpec(
+            name=name, kind=kind, variants=rowwise_variants(seat.mesh, axes), beside=beside
+        )
 
     def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
         out = self.down(self.activation(self.gate_up(x)))

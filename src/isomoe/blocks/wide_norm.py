@@ -142,9 +142,10 @@ class WideNormAttention(Attention):
             here = row_sharded(len(mesh.attn_dp), len(mesh.axes))
             shared = here.put(Letter.C, mesh.attn_tp)
             gather = Move(Op.ALL_GATHER, mesh.attn_tp, shared, here)
-            self.spec = replace(self.spec, inner=(gather,))
+            variants = tuple(replace(one, inner=(gather,)) for one in self.spec.variants)
+            self.spec = replace(self.spec, variants=variants)
 
     def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
         qkv = self.qkv(x)
-        parts = inner(self.name, self.squares(qkv))
+        parts = inner.collect(self.name, self.squares(qkv))
         return self.output(self.core(qkv, batch, parts))

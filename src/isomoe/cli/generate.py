@@ -4,12 +4,14 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isomoe.cli.options import add_engine_options, engine_config_from
 from isomoe.cli.progress import progress_bar
 from isomoe.errors import RequestError
+from isomoe.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from isomoe.engine import LLM, RequestOutput
@@ -54,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="print each token's log-probability, with the K most likely candidates",
     )
+    output.add_argument(
+        "--expert-load",
+        metavar="FILE",
+        help="count how often each expert is chosen, for --init-expert-location",
+    )
     output.add_argument("--json", action="store_true", help="print one JSON document")
     add_engine_options(parser)
 
@@ -61,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     config = engine_config_from(args)
+    if args.expert_load is not None:
+        make_folder(Path(args.expert_load).parent)
+        config = replace(config, record_expert_load=True)
     prompts = _prompts(args)
 
     from isomoe.engine import LLM, SamplingParams
@@ -86,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
         with progress_bar("generating") as generating:
             outputs = llm.generate(prompts, params, generating)
         seconds = time.perf_counter() - start
+        if args.expert_load is not None:
+            counts = json.dumps({"logical_count": llm.expert_load()})
+            write_atomically(Path(args.expert_load), counts + "\n")
         if args.json:
             print(json.dumps(_document(llm, outputs, seconds), ensure_ascii=False))
         else:

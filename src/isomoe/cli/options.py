@@ -4,7 +4,7 @@ import argparse
 
 from isomoe.config import Device, DType, EngineConfig, LoadFormat, choice
 from isomoe.errors import ConfigError
-from isomoe.layout import Parallelism
+from isomoe.layout import A2ABackend, Parallelism, WireFormat
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +57,27 @@ def add_layout_options(parser: argparse.ArgumentParser) -> None:
         help="shard the lm_head over an attention group instead of over all ranks",
     )
     group.add_argument(
+        "--moe-a2a-backend",
+        default=str(A2ABackend.NONE),
+        metavar="BACKEND",
+        help=f"{', '.join(A2ABackend)}: send each row to the ranks of its experts alone, by "
+        "all-to-all (default: none)",
+    )
+    group.add_argument(
+        "--moe-wire-format",
+        default=str(WireFormat.NONE),
+        metavar="FORMAT",
+        help=f"{', '.join(WireFormat)}: how hidden states travel to routed experts; rounds them "
+        "(default: none)",
+    )
+    group.add_argument(
+        "--ep-num-redundant-experts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="further copies of experts in each layer, to balance ranks (default: 0)",
+    )
+    group.add_argument(
         "--dp-size",
         "--data-parallel-size",
         "--dp",
@@ -100,6 +121,9 @@ def layout_from(args: argparse.Namespace) -> Parallelism:
         ep_size=args.ep_size,
         moe_dense_tp_size=args.moe_dense_tp_size,
         enable_dp_lm_head=args.enable_dp_lm_head,
+        moe_a2a_backend=choice(A2ABackend, args.moe_a2a_backend, "--moe-a2a-backend"),
+        moe_wire_format=choice(WireFormat, args.moe_wire_format, "--moe-wire-format"),
+        ep_num_redundant_experts=args.ep_num_redundant_experts,
     )
 
 
@@ -215,6 +239,23 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of dummy weights, and of sampling without a seed (default: %(default)s)",
     )
+    group.add_argument(
+        "--deepep-mode",
+        default=default.deepep_mode,
+        metavar="MODE",
+        help="auto, normal, low_latency: of --moe-a2a-backend deepep (default: %(default)s)",
+    )
+    group.add_argument(
+        "--init-expert-location",
+        metavar="FILE",
+        help="JSON with physical_to_logical_map, or with logical_count (how often each expert was "
+        "chosen), from which the location is worked out (default: in order)",
+    )
+    group.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="follow this plan, of isomoe plan --json, once it is checked (default: the cheapest)",
+    )
 
 
 def engine_config_from(args: argparse.Namespace, layout: Parallelism | None = None) -> EngineConfig:
@@ -245,6 +286,9 @@ def engine_config_from(args: argparse.Namespace, layout: Parallelism | None = No
         disable_overlap_schedule=args.disable_overlap_schedule,
         watchdog_timeout_seconds=args.watchdog_timeout_seconds,
         random_seed=args.random_seed,
+        deepep_mode=args.deepep_mode,
+        init_expert_location=args.init_expert_location,
+        plan=args.plan,
     )
 
 

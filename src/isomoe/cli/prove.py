@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-ranks", type=int, default=64, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
+        "--all-paths",
+        action="store_true",
+        help="also with experts by all-to-all, rows packed before they are gathered, and redundant "
+        "experts, on each layout",
+    )
+    parser.add_argument(
         "--mutant",
         metavar="NAME",
         help="plant a known defect, named or by the id of a historic one (sglang-23731): the proof "
@@ -60,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
             )
     began = time.monotonic()
     with progress_bar("proving layouts") as progress:
-        report = prove_models(configs, args.max_ranks, args.mutant, progress)
+        report = prove_models(
+            configs, args.max_ranks, args.mutant, progress, all_paths=args.all_paths
+        )
     seconds = time.monotonic() - began
     if args.json:
         print(json.dumps(_document(args, report, seconds)))
@@ -84,6 +92,7 @@ def _document(args: argparse.Namespace, report: Report, seconds: float) -> dict[
     return {
         "holds": report.finding is None,
         "max_ranks": args.max_ranks,
+        "all_paths": args.all_paths,
         "mutant": args.mutant,
         "models": report.models,
         "seconds": round(seconds, 2),

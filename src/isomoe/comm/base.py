@@ -2,11 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from isomoe.layout.mesh import Axes, Seat
+
+
+class AddNorm(Protocol):
+    """A norm that can be fused with the addition before it.
+
+    Attributes:
+        weight: [hidden].
+        eps: added to the mean square.
+        dtype: of the normed rows.
+    """
+
+    weight: Tensor
+    eps: float
+    dtype: torch.dtype
+
+    def after_adding(self, residual: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+        """residual + addend in residual's dtype, and the norm of that; may reuse the residual."""
 
 
 class Communicator(ABC):
@@ -39,6 +57,26 @@ class Communicator(ABC):
         self, x: Tensor, axes: Axes, send: Sequence[int], receive: Sequence[int]
     ) -> Tensor:
         """Sends `send[j]` rows to member j. x: [sum(send), ...] -> [sum(receive), ...]."""
+
+    def sum_add_norm(
+        self,
+        x: Tensor,
+        axes: Axes,
+        counts: Sequence[int] | None,
+        residual: Tensor,
+        norm: AddNorm,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The sum of the members' tensors added to `residual`, and the norm of that, in one
+        operation; None where there is none for such tensors. Then nothing has been sent.
+
+        All members decline alike: it depends on what is the same for all.
+
+        Args:
+            x: as of `all_reduce`, or of `reduce_scatter` with `counts`.
+            counts: rows of each member, which gets its own alone; None: each gets all.
+            residual: [rows that this member gets, hidden]; may be overwritten.
+        """
+        return None
 
     @abstractmethod
     def broadcast(self, x: Tensor, axes: Axes) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
-from isomoe.comm.base import Communicator, split_rows
+from isomoe.comm.base import AddNorm, Communicator, split_rows
 from isomoe.errors import CollectiveError
 from isomoe.layout.mesh import Axes, Mesh, Seat
 
@@ -39,12 +39,17 @@ class _Call:
 class SimWorld:
     """The ranks of a mesh, simulated in lockstep of their collectives.
 
+    Args:
+        fuses: whether a sum can be made in one operation with addition and norm; else it is
+            declined.
+
     Attributes:
         calls: collectives run so far, one for each group.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, fuses: bool = True) -> None:
         self.mesh = mesh
+        self.fuses = fuses
         self.calls = 0
         self._waiting: dict[tuple[int, ...], dict[int, _Call]] = {}
         self._ready: list[tuple[int, Tensor | None]] = []
@@ -127,6 +132,19 @@ class SimComm(Communicator):
     ) -> Tensor:
         self._expect(x, sum(send), "all_to_all", axes)
         return self._call(_Call("all_to_all", axes, _kind(x), x, tuple(send), tuple(receive)))
+
+    def sum_add_norm(
+        self,
+        x: Tensor,
+        axes: Axes,
+        counts: Sequence[int] | None,
+        residual: Tensor,
+        norm: AddNorm,
+    ) -> tuple[Tensor, Tensor] | None:
+        if not self._world.fuses:
+            return None
+        total = self.all_reduce(x, axes) if counts is None else self.reduce_scatter(x, axes, counts)
+        return norm.after_adding(residual, total)
 
     def broadcast(self, x: Tensor, axes: Axes) -> Tensor:
         return self._call(_Call("broadcast", axes, (tuple(x.shape), x.dtype), x))

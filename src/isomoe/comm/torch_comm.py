@@ -1,13 +1,14 @@
 """Collectives between processes: torch.distributed over Gloo (CPU) or NCCL (CUDA)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from isomoe.comm.base import Communicator, split_rows
+from isomoe.comm.base import AddNorm, Communicator, split_rows
+from isomoe.comm.symmetric import SymmetricSums
 from isomoe.errors import CollectiveError
 from isomoe.layout.mesh import Axes, Seat
 
@@ -16,7 +17,11 @@ _ONE_ROUND_BYTES = 64 * 1024
 
 
 def torch_communicator(
-    seat: Seat, runs: Iterable[Axes], device: torch.device | None = None
+    seat: Seat,
+    runs: Iterable[Axes],
+    device: torch.device | None = None,
+    fused: Iterable[Axes] = (),
+    fused_bytes: int = 0,
 ) -> Communicator:
     """The communicator for the process group that is initialised.
 
@@ -24,6 +29,8 @@ def torch_communicator(
         runs: the runs of axes that will be used. Every rank must name the same, since all ranks
             make all groups, in one order.
         device: where the tensors are; None is what the backend is made for.
+        fused: those of them over which sums may be fused with additions and norms;
+        fused_bytes: and the most bytes of addends.
 
     Raises:
         CollectiveError: if the backend is neither Gloo nor NCCL.
@@ -39,7 +46,12 @@ def torch_communicator(
         comm = GlooComm(seat, groups)
         return StagedComm(comm, device) if device is not None and device.type == "cuda" else comm
     if backend == "nccl":
-        return NcclComm(seat, groups)
+        device = device or torch.device("cuda", torch.cuda.current_device())
+        opened = {
+            axes: SymmetricSums.open(groups[axes], device, fused_bytes)
+            for axes in sorted(set(fused))
+        }
+        return NcclComm(seat, groups, {axes: sums for axes, sums in opened.items() if sums})
     raise CollectiveError(f"process group backend {backend!r}: gloo and nccl are supported")
 
 
@@ -49,6 +61,10 @@ class TorchComm(Communicator):
     def __init__(self, seat: Seat, groups: dict[Axes, dist.ProcessGroup]) -> None:
         super().__init__(seat)
         self._groups = groups
+
+    def group(self, axes: Axes) -> dist.ProcessGroup:
+        """The process group over `axes`, one of the runs that the communicator was made for."""
+        return self._groups[axes]
 
     def all_to_all(
         self, x: Tensor, axes: Axes, send: Sequence[int], receive: Sequence[int]
@@ -99,7 +115,36 @@ class GlooComm(TorchComm):
 
 
 class NcclComm(TorchComm):
-    """NCCL, whose list forms take unequal counts."""
+    """NCCL, whose list forms take unequal counts.
+
+    Args:
+        fused: sums over some of the groups, in one operation with addition and norm.
+    """
+
+    def __init__(
+        self,
+        seat: Seat,
+        groups: dict[Axes, dist.ProcessGroup],
+        fused: Mapping[Axes, SymmetricSums] | None = None,
+    ) -> None:
+        super().__init__(seat, groups)
+        self._fused = fused or {}
+
+    def sum_add_norm(
+        self,
+        x: Tensor,
+        axes: Axes,
+        counts: Sequence[int] | None,
+        residual: Tensor,
+        norm: AddNorm,
+    ) -> tuple[Tensor, Tensor] | None:
+        sums = self._fused.get(axes)
+        if sums is None or not sums.takes(x.shape[0], x.shape[1], x.dtype):
+            return None
+        how = norm.weight, norm.eps, norm.dtype
+        if counts is None:
+            return sums.sum_add_norm(x, residual, *how)
+        return sums.scatter_add_norm(x, counts, residual, *how)
 
     def all_reduce(self, x: Tensor, axes: Axes) -> Tensor:
         out = x.clone()

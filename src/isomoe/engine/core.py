@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from operator import add
 
 import torch
 
@@ -12,13 +13,15 @@ from isomoe.engine.diffusion import BlockDiffusing
 from isomoe.engine.executor import Executor, LocalExecutor, Progress
 from isomoe.engine.generation import Autoregressive, Generation
 from isomoe.engine.kv_cache import num_cache_pages
+from isomoe.engine.laid_out import laid_out, planned
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.outputs import Update
 from isomoe.engine.processes import ProcessExecutor
 from isomoe.engine.scheduler import Limits, Scheduler
 from isomoe.engine.step import MAX_SCORED_ROWS, GroupOutput, Request, Step
-from isomoe.layout import MACHINES, make_plan
-from isomoe.models import CausalLM, build
+from isomoe.errors import ConfigError
+from isomoe.layout import Op
+from isomoe.models import CausalLM, family_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,8 +46,8 @@ class EngineCore:
         self.config = config
         self.info = ModelInfo.of(config)
         # What can be refused is refused before any worker starts.
-        model = build(self.info.hf_config, config.parallelism)
-        self.plan = make_plan(model.chain, MACHINES[self.info.device])
+        model = laid_out(config, self.info)
+        self.plan = planned(config, self.info, model.chain)
         kind = LocalExecutor if config.parallelism.tp_size == 1 else ProcessExecutor
         self.last_step: Step | None = None
         self._under_way: deque[Step] = deque()
@@ -102,6 +105,24 @@ class EngineCore:
             updates += _with_prompt_logprobs(mine, output) if output.prompt_logprobs else mine
         return updates
 
+    def expert_load(self) -> list[list[int]]:
+        """How often each expert was chosen so far: [layers][E], empty for a layer without experts.
+
+        Raises:
+            ConfigError: if it is not recorded.
+        """
+        if not self.config.record_expert_load:
+            raise ConfigError("the experts' load is not recorded; record_expert_load=True does it")
+        while self._under_way:
+            self.step()
+        total: dict[int, list[int]] = {}
+        for found in self.executor.expert_load():
+            for layer, counts in found.items():
+                seen = total.setdefault(layer, [0] * len(counts))
+                total[layer] = list(map(add, seen, counts))
+        layers = family_of(self.info.hf_config).num_layers(self.info.hf_config)
+        return [total.get(layer, []) for layer in range(layers)]
+
     def shutdown(self) -> None:
         """Ends the workers. May be called twice."""
         self.executor.shutdown()
@@ -152,7 +173,14 @@ class EngineCore:
             return ()
         if config.instrument is not None:  # sees the stream of each step, and a replay has none
             return ()
-        return graph_ladder(min(config.cuda_graph_max_bs, config.max_running_requests))
+        ladder = graph_ladder(min(config.cuda_graph_max_bs, config.max_running_requests))
+        return tuple(rows for rows in ladder if not self._exchanges(rows))
+
+    def _exchanges(self, rows: int) -> bool:
+        """Whether rows go to their experts in steps of so many in each group: how many will arrive
+        is not known before, so such a step cannot be captured."""
+        plan = self.plan.regimes[self.plan.choose((rows,) * self.config.parallelism.attn_dp_size)]
+        return any(move.op is Op.DISPATCH for move in plan.moves())
 
 
 def graph_ladder(most: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from isomoe.config import EngineConfig
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.sampler import Answer
 from isomoe.engine.step import GroupOutput, Step
-from isomoe.engine.worker import Worker
+from isomoe.engine.worker import ExpertLoad, Worker
 from isomoe.errors import EngineDeadError
 
 T = TypeVar("T")
@@ -52,6 +52,14 @@ class Executor(ABC):
 
         Raises:
             EngineDeadError: if a rank fails; nothing can be run afterwards.
+        """
+
+    @abstractmethod
+    def expert_load(self) -> list[ExpertLoad]:
+        """What each rank has counted. No step may be under way.
+
+        Raises:
+            EngineDeadError: if a rank fails.
         """
 
     @property
@@ -107,6 +115,10 @@ class LocalExecutor(Executor):
         """The answer to the oldest step."""
         self._alive()
         return [self._checked(self._answers.popleft().wait)]
+
+    def expert_load(self) -> list[ExpertLoad]:
+        """What the one rank has counted."""
+        return [self._alive().expert_load()]
 
     def _checked(self, call: Callable[[], T]) -> T:
         try:

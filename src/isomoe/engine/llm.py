@@ -13,7 +13,7 @@ from isomoe.engine.outputs import RequestOutput
 from isomoe.engine.reply import Reply, Transcript
 from isomoe.engine.sampling_params import SamplingParams
 from isomoe.errors import RequestError
-from isomoe.layout import Parallelism
+from isomoe.layout import A2ABackend, Parallelism, WireFormat
 from isomoe.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -42,6 +42,9 @@ class LLM:
         ep_size: int = 1,
         moe_dense_tp_size: int | None = None,
         enable_dp_lm_head: bool = False,
+        moe_a2a_backend: str = "none",
+        moe_wire_format: str = "none",
+        ep_num_redundant_experts: int = 0,
         load_format: str = "auto",
         dtype: str = "auto",
         device: str = "auto",
@@ -58,6 +61,10 @@ class LLM:
         disable_overlap_schedule: bool = False,
         watchdog_timeout_seconds: float = 300.0,
         random_seed: int = 0,
+        deepep_mode: str = "auto",
+        init_expert_location: str | None = None,
+        record_expert_load: bool = False,
+        plan: str | None = None,
         instrument: str | None = None,
         load_progress: Progress | None = None,
     ) -> None:
@@ -69,6 +76,9 @@ class LLM:
                 ep_size=ep_size,
                 moe_dense_tp_size=moe_dense_tp_size,
                 enable_dp_lm_head=enable_dp_lm_head,
+                moe_a2a_backend=choice(A2ABackend, moe_a2a_backend, "--moe-a2a-backend"),
+                moe_wire_format=choice(WireFormat, moe_wire_format, "--moe-wire-format"),
+                ep_num_redundant_experts=ep_num_redundant_experts,
             ),
             load_format=choice(LoadFormat, load_format, "--load-format"),
             dtype=choice(DType, dtype, "--dtype"),
@@ -86,6 +96,10 @@ class LLM:
             disable_overlap_schedule=disable_overlap_schedule,
             watchdog_timeout_seconds=watchdog_timeout_seconds,
             random_seed=random_seed,
+            deepep_mode=deepep_mode,
+            init_expert_location=init_expert_location,
+            record_expert_load=record_expert_load,
+            plan=plan,
             instrument=instrument,
         )
         self._start(config, load_progress)
@@ -144,6 +158,14 @@ class LLM:
             self.shutdown()
             raise
         return [transcript.output() for transcript in transcripts]
+
+    def expert_load(self) -> list[list[int]]:
+        """How often each expert was chosen so far: [layers][E], empty for a layer without experts.
+
+        Raises:
+            ConfigError: if it is not recorded.
+        """
+        return self.core.expert_load()
 
     def shutdown(self) -> None:
         """Ends the workers and frees the memory. May be called twice."""

@@ -67,6 +67,22 @@ class WorkerStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CountExperts:
+    """Asks a rank how often its experts were chosen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsCounted:
+    """A rank's answer.
+
+    Attributes:
+        load: for each layer with experts, [E] how often this rank served each.
+    """
+
+    load: dict[int, list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """The last message to a worker process."""
 

@@ -23,6 +23,8 @@ from isomoe.engine.executor import Executor, Progress
 from isomoe.engine.messages import (
     AllocateCache,
     CacheReady,
+    CountExperts,
+    ExpertsCounted,
     Failure,
     Launch,
     Loaded,
@@ -32,6 +34,7 @@ from isomoe.engine.messages import (
 )
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.step import GroupOutput, Step, StepShape
+from isomoe.engine.worker import ExpertLoad
 from isomoe.engine.worker_process import threads_per_rank
 from isomoe.errors import EngineDeadError
 
@@ -130,6 +133,11 @@ class ProcessExecutor(Executor):
         if not self._end.alive:
             raise EngineDeadError(self._over)
         return self._collect(self._ranks[:: self._attn_tp], GroupOutput)
+
+    def expert_load(self) -> list[ExpertLoad]:
+        """What each rank has counted."""
+        self._send(self._ranks, CountExperts())
+        return [found.load for found in self._collect(self._ranks, ExpertsCounted)]
 
     def check_alive(self) -> None:
         # Without a step under way a worker says nothing, so that whatever can be read is its end.

@@ -6,28 +6,33 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from isomoe.blocks import Batch
-from isomoe.comm import Communicator, LocalComm, torch_communicator
+from isomoe.blocks import Batch, SparseMoe
+from isomoe.comm import Communicator, ExpertExchange, LocalComm, torch_communicator
+from isomoe.comm.deepep import DeepEpMode, open_exchange
 from isomoe.comm.rendezvous import join, local_device
-from isomoe.config import EngineConfig, LoadFormat
+from isomoe.config import EngineConfig, LoadFormat, choice
 from isomoe.engine.batches import Batches, CpuBatches
 from isomoe.engine.gpu_batches import GpuBatches
 from isomoe.engine.gpu_memory import free_for_cache, must_fit
 from isomoe.engine.graphs import DecodeGraphs
 from isomoe.engine.instrument import load_instrument
 from isomoe.engine.kv_cache import CPU_CACHE_BYTES, pages_for
+from isomoe.engine.laid_out import laid_out, planned
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.residents import Residents
 from isomoe.engine.sampler import Answer, Sampler
 from isomoe.engine.step import MAX_SCORED_ROWS, GroupStep, StepShape
 from isomoe.kernels import on_gpu
-from isomoe.layout import MACHINES, Seat, TokenRows, make_plan
-from isomoe.models import build
+from isomoe.layout import Seat, TokenRows
 from isomoe.stream import ResidualStream
 from isomoe.weights import load_dummy, load_safetensors
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
+
+
+ExpertLoad = dict[int, list[int]]
+"""For each layer with experts, [E] how often each was served."""
 
 
 class Worker:
@@ -60,20 +65,27 @@ class Worker:
         self.dtype: torch.dtype = getattr(torch, info.dtype)
         self.device = local_device(info.device, rank)
         self.wire_dtype = self.dtype if self.device.type == "cuda" else torch.float32
-        self.model = build(info.hf_config, config.parallelism, rank)
+        self.model = laid_out(config, info, rank)
         self.instrument = load_instrument(config.instrument)
         chain = self.model.chain
         if self.instrument is not None:
             chain = self.instrument.in_chain(chain)
             self.instrument.in_model(self.model)  # may change what is loaded
-        self.plan = make_plan(chain, MACHINES[self.device.type])
+        self.plan = planned(config, info, chain)
         self.seat: Seat = self.model.seat
         with must_fit("the weights", "more ranks, or a GPU that nobody else uses,"):
             self._load(progress)
+        self._loads = {
+            index: block.record_load(self.device)
+            for index, layer in enumerate(self.model.layers)
+            for block in layer.ffn
+            if isinstance(block, SparseMoe) and config.record_expert_load
+        }
         with must_fit("the states of linear attention", "a smaller --max-running-requests"):
             for memory in self.model.memories():
                 memory.allocate_states(config.max_running_requests, self.device)
         self.comm = self._communicator(port)
+        self._exchange = self._open_exchange()
         self._residents = Residents(config.max_running_requests, info.diffusion)
         self._batches = self._make_batches()
         keeps = isinstance(self._batches, GpuBatches)
@@ -100,6 +112,8 @@ class Worker:
         if graph_rows and self.device.type == "cuda":
             with must_fit("the captured steps", "a smaller --mem-fraction-static"):
                 self._graphs = DecodeGraphs(self._static_forward, graph_rows)
+        for load in self._loads.values():
+            load.reset()  # what was run up to here served nobody
 
     @torch.inference_mode()
     def launch(self, shape: StepShape, group: GroupStep) -> Answer | None:
@@ -119,6 +133,10 @@ class Worker:
             self._batches.sampled(sampled.ids)
         return sampled.answer
 
+    def expert_load(self) -> ExpertLoad:
+        """How often this rank has served each of the model's experts."""
+        return {index: load.counts() for index, load in self._loads.items()}
+
     def _run(self, shape: StepShape) -> Tensor:
         """The step's logits."""
         if self._graphs is not None and shape.padded is not None and self.use_graphs:
@@ -128,7 +146,7 @@ class Worker:
 
     def _forward(self, batch: Batch, regime: int) -> Tensor:
         plan = self.plan.regimes[regime]
-        stream = ResidualStream(plan, self.comm, batch.rows, self.wire_dtype)
+        stream = ResidualStream(plan, self.comm, batch.rows, self.wire_dtype, self._exchange)
         if self.instrument is not None:
             self.instrument.in_stream(stream)
         return self.model.forward(batch, stream)
@@ -199,6 +217,23 @@ class Worker:
         for leaf in self.model.leaves():
             leaf.pack()
 
+    def _open_exchange(self) -> ExpertExchange | None:
+        layout = self.config.parallelism
+        routed = [block for block in self.model.blocks() if isinstance(block, SparseMoe)]
+        if not layout.exchanges or not routed:
+            return None
+        return open_exchange(
+            layout,
+            self.comm,
+            hidden_size=self.model.config["hidden_size"],
+            top_k=max(block.routing.top_k for block in routed),
+            per_rank=max(len(block.experts.held) for block in routed),
+            device=self.device,
+            dtype=self.wire_dtype,
+            scales_input=any(block.experts.form.scales_input for block in routed),
+            mode=choice(DeepEpMode, self.config.deepep_mode, "--deepep-mode"),
+        )
+
     def _communicator(self, port: int | None) -> Communicator:
         if port is None:
             return LocalComm(self.seat)
@@ -208,4 +243,11 @@ class Worker:
         runs = self.plan.runs() | ({mesh.attn_tp} if mesh.attn_tp else set())
         if self.instrument is not None:  # a defect may use any group
             runs |= {mesh.all[i:j] for i in mesh.all for j in range(i + 1, len(mesh.all) + 1)}
-        return torch_communicator(self.seat, runs, self.device)
+        fused = self.plan.machine.fused
+        return torch_communicator(
+            self.seat,
+            runs,
+            self.device,
+            fused=self.plan.fused_runs(),
+            fused_bytes=fused.max_bytes if fused else 0,
+        )

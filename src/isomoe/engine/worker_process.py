@@ -19,6 +19,8 @@ from isomoe.comm.rendezvous import leave
 from isomoe.engine.messages import (
     AllocateCache,
     CacheReady,
+    CountExperts,
+    ExpertsCounted,
     Failure,
     Launch,
     Loaded,
@@ -84,6 +86,8 @@ def _serve(pipe: Connection) -> None:
             case AllocateCache(num_pages=num_pages, graph_rows=graph_rows):
                 worker.allocate_cache(num_pages, graph_rows)
                 _send(pipe, CacheReady())
+            case CountExperts():
+                _send(pipe, ExpertsCounted(load=worker.expert_load()))
             case Stop():
                 return
 

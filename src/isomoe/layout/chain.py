@@ -1,10 +1,11 @@
 """A model as the planner sees it: blocks with placements, and the norms that read between them."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from isomoe.errors import PlacementError
 from isomoe.layout.mesh import Mesh
-from isomoe.layout.moves import Move
+from isomoe.layout.moves import Move, Op
 from isomoe.layout.placement import Letter, Placement
 
 
@@ -12,11 +13,14 @@ from isomoe.layout.placement import Letter, Placement
 class Variant:
     """One way to run a block: the placement of the rows it takes, and of what it gives.
 
-    `needs` is None for the embedding, which takes token ids.
+    Attributes:
+        needs: None for the embedding, which takes token ids.
+        inner: moves that happen inside the block, or on its features behind it.
     """
 
     needs: Placement | None
     gives: Placement
+    inner: tuple[Move, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +31,13 @@ class BlockSpec:
         name: its path in the checkpoint, for messages and the printed plan.
         kind: what it is; blocks of one kind and the same variants are planned alike.
         variants: the ways to run it with its weights sharded as they are.
-        inner: moves that happen inside the block, or on its features behind it.
+        beside: whether it may run on a second stream, beside the others that are fed with it.
     """
 
     name: str
     kind: str
     variants: tuple[Variant, ...]
-    inner: tuple[Move, ...] = ()
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,7 @@ class Chain:
             self.mesh.axes,
             self.mesh.attn_dp,
             self.hidden_size,
-            tuple((block.kind, block.variants, block.inner) for block in blocks),
+            tuple((block.kind, block.variants, block.beside) for block in blocks),
             tuple((len(read.consumers), read.selects_rows) for read in self.reads),
         )
 
@@ -109,20 +113,34 @@ class Chain:
             raise PlacementError(f"{block.name}: gives {gives}, a partial sum nobody would settle")
 
     def _check_inner(self, block: BlockSpec) -> None:
-        """Inner moves follow one another; they start from what the block gives, or inside of it
-        from features of the rows that it takes."""
-        stations = [move.after for move in block.inner]
-        starts = [move.before for move in block.inner]
+        """Inner moves lead from what the block takes to what it gives.
+
+        They follow one another but where the block computes: on features of the rows that it took,
+        or on rows that came to it and are now addends.
+        """
         for variant in block.variants:
-            if not starts:
+            if not variant.inner:
                 continue
-            begin = variant.gives
-            if variant.needs is not None and not begin.where(Letter.C):
-                begin = variant.needs.put(Letter.C, starts[0].where(Letter.C))
-            if starts != [begin, *stations[:-1]]:
+            first, last = variant.inner[0], variant.inner[-1]
+            if Letter.C in first.before and variant.needs is not None:
+                features = variant.needs.put(Letter.C, first.before.where(Letter.C))
+                ends = [first.before in (features, variant.gives)]
+            elif variant.needs is not None:
+                ends = [first.before == variant.needs]
+                if last.op is Op.COMBINE:
+                    ends.append(last.after == variant.gives)
+                elif first.op is Op.DISPATCH:
+                    ends.append(False)
+            else:
+                ends = [first.before == variant.gives]
+            joined = (
+                one.after == two.before or two.op is Op.COMBINE
+                for one, two in pairwise(variant.inner)
+            )
+            if not all(ends) or not all(joined):
                 raise PlacementError(
-                    f"{block.name}: gives {variant.gives}, but its inner moves are "
-                    f"{', '.join(map(str, block.inner))}"
+                    f"{block.name}: needs {variant.needs} and gives {variant.gives}, but its inner "
+                    f"moves are {', '.join(map(str, variant.inner))}"
                 )
 
     def _check_length(self, block: BlockSpec, placement: Placement) -> None:

@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ class Rate:
     alpha_us: float
     bytes_per_us: float
 
+    def us(self, sent_bytes: float) -> float:
+        """What it takes to send so much."""
+        return self.alpha_us + sent_bytes / self.bytes_per_us
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
@@ -69,7 +74,7 @@ class FittedLink(Link):
 
     def microseconds(self, op: Op, equal: bool, members: int, sent_bytes: float) -> float:
         rate: Rate = getattr(self.equal if equal else self.ragged, op.value)
-        return rate.alpha_us + sent_bytes / rate.bytes_per_us
+        return rate.us(sent_bytes)
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> "FittedLink":
@@ -79,6 +84,23 @@ class FittedLink(Link):
             for form in ("equal", "ragged")
         )
         return cls(equal=equal, ragged=ragged)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedSums:
+    """Sums that are made in one operation with the addition to the residual and its norm.
+
+    Attributes:
+        whole, scattered: of an all-reduce and of a reduce-scatter, beyond what addition and norm
+            take by themselves, which follow any sum.
+        host_us: more in steps that the host launches kernel by kernel.
+        max_bytes: of a rank's addends; more are declined, and summed first.
+    """
+
+    whole: Rate
+    scattered: Rate
+    host_us: float
+    max_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +114,9 @@ class Machine:
         within, across: links inside a node and between nodes.
         slice_us: what keeping one's own rows costs (a view; positive, so that fewer moves win).
         wire_bytes: bytes of one value on the wire.
+        fused: within a node; None where there are none.
+        second_stream_rows: in steps of up to so many rows (on all ranks) it pays to run shared
+            experts on a second stream; 0: never.
     """
 
     name: str
@@ -101,12 +126,18 @@ class Machine:
     across: Link
     slice_us: float
     wire_bytes: int
+    fused: FusedSums | None = None
+    second_stream_rows: int = 0
 
     @classmethod
     def load(cls, file: Path) -> "Machine":
         """That of a file which `save` wrote."""
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return cls(**found | {name: FittedLink.of(found[name]) for name in ("within", "across")})
+        parts: dict[str, Any] = {name: FittedLink.of(found[name]) for name in ("within", "across")}
+        if fused := found.get("fused"):
+            rates = {op: Rate(**fused[op]) for op in ("whole", "scattered")}
+            parts["fused"] = FusedSums(**fused | rates)
+        return cls(**found | parts)
 
     def save(self, file: Path) -> None:
         """Writes it, to be loaded again.
@@ -141,23 +172,64 @@ class CostModel:
         """Bytes that one rank sends, for each row of the whole step.
 
         Ring counts: n ranks send (n-1)/n of what they hold to reduce-scatter or all-gather, twice
-        that to all-reduce.
+        that to all-reduce. A dispatched row goes to the ranks that experts of its choice are on,
+        if all are chosen alike.
         """
         if move.op is Op.SLICE:
             return 0.0
+        members = self.mesh.size_of(move.axes)
         share = self.mesh.width_behind(_gathered(move).row_axes) / self.mesh.size
-        held = self.row_values * self.machine.wire_bytes * share
-        return held * ring_share(move.op, self.mesh.size_of(move.axes))
+        plain = self.row_values * self.machine.wire_bytes
+        if move.bundle is None:
+            return plain * share * ring_share(move.op, members)
+        bundle = move.bundle.row_bytes(self.row_values, self.machine.wire_bytes)
+        match move.op:
+            case Op.DISPATCH:
+                return bundle * share * move.bundle.destinations(members)
+            case Op.COMBINE:
+                return plain * share * move.bundle.destinations(members)
+        return bundle * share * ring_share(move.op, members)
 
     def microseconds(self, move: Move, rows: int, equal: bool) -> float:
         """Predicted time of a move in a step of `rows` rows."""
         if move.op is Op.SLICE:
             return self.machine.slice_us
-        members = self.mesh.size_of(move.axes)
-        reach = self.mesh.stride_of(move.axes) * members
-        link = self.machine.within if reach <= self.machine.local_ranks else self.machine.across
         sent_bytes = self.sent_bytes_per_row(move) * rows
+        members = self.mesh.size_of(move.axes)
+        link = self.machine.within if self._is_local(move) else self.machine.across
+        if move.op in (Op.DISPATCH, Op.COMBINE):
+            # Whatever the step, the host launches it: it must know first how many rows will come.
+            # Long ones are bound by the link, which replays measure better.
+            us = max(link.microseconds(Op.EXCHANGE, form, members, sent_bytes) for form in _FORMS)
+            counts = link.microseconds(Op.EXCHANGE, False, members, 0.0)
+            return us + counts if move.op is Op.DISPATCH else us
         return link.microseconds(move.op, equal, members, sent_bytes)
+
+    def fused_microseconds(self, move: Move, rows: int, equal: bool) -> float:
+        """Predicted time of a sum in one operation with what follows it, beyond that alone.
+
+        Every rank reads what it needs of every other's addends. Infinite where there is none, or
+        it would be declined.
+        """
+        fused = self.machine.fused
+        if fused is None or not self._is_local(move):
+            return inf
+        share = self.mesh.width_behind(_gathered(move).row_axes) / self.mesh.size
+        held = self.row_values * self.machine.wire_bytes * share * rows
+        if held > fused.max_bytes:
+            return inf
+        members = self.mesh.size_of(move.axes)
+        host_us = 0.0 if equal else fused.host_us
+        if move.op is Op.ALL_REDUCE:
+            return host_us + fused.whole.us(held * (members - 1))
+        return host_us + fused.scattered.us(held * (members - 1) / members)
+
+    def _is_local(self, move: Move) -> bool:
+        reach = self.mesh.stride_of(move.axes) * self.mesh.size_of(move.axes)
+        return reach <= self.machine.local_ranks
+
+
+_FORMS = (True, False)
 
 
 def ring_share(op: Op, members: int) -> float:

@@ -14,6 +14,7 @@ from itertools import count
 from isomoe.errors import PlacementError
 from isomoe.layout.mesh import Axes
 from isomoe.layout.placement import Letter, Placement
+from isomoe.layout.wire import Bundle
 
 
 class Op(StrEnum):
@@ -24,6 +25,8 @@ class Op(StrEnum):
     ALL_GATHER = "all_gather"
     SLICE = "slice"
     EXCHANGE = "exchange"
+    DISPATCH = "dispatch"
+    COMBINE = "combine"
 
 
 _TURNS: dict[Op, tuple[tuple[Letter, Letter], ...]] = {
@@ -32,6 +35,8 @@ _TURNS: dict[Op, tuple[tuple[Letter, Letter], ...]] = {
     Op.ALL_GATHER: ((Letter.S, Letter.R), (Letter.C, Letter.R)),
     Op.SLICE: ((Letter.R, Letter.S),),
     Op.EXCHANGE: ((Letter.C, Letter.S),),
+    Op.DISPATCH: ((Letter.S, Letter.S),),
+    Op.COMBINE: ((Letter.S, Letter.S),),
 }
 _BETWEEN_BLOCKS = (Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER, Op.SLICE)
 
@@ -40,8 +45,13 @@ _BETWEEN_BLOCKS = (Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER, Op.SLICE)
 class Move:
     """One move over a run of axes.
 
-    `all_gather` joins rows (from S) or features (from C, inside a block); `exchange` is an
-    all-to-all that trades sharded features for sharded rows (inside a block).
+    `all_gather` joins rows (from S) or features (from C, inside a block). Inside a block there are
+    three more: `exchange` is an all-to-all that trades sharded features for sharded rows;
+    `dispatch` sends each row to the ranks that have experts of its choice, and `combine` brings
+    back what those make of it, added up: both leave different rows on different ranks.
+
+    Attributes:
+        bundle: what travels of a row, or went out with it, where that is not the row alone.
 
     Raises:
         PlacementError: if the run is not one, or the move cannot turn `before` into `after`.
@@ -51,6 +61,7 @@ class Move:
     axes: Axes
     before: Placement
     after: Placement
+    bundle: Bundle | None = None
 
     def __post_init__(self) -> None:
         run = self.axes
@@ -69,6 +80,8 @@ class Move:
                     f"{self.op} over axes {run}: axis {axis} of {self.before} is "
                     f"{self.before[axis]}, not {old}"
                 )
+        if self.op is Op.DISPATCH and set(self.before) - {Letter.S, Letter.R}:
+            raise PlacementError(f"{self.op} of {self.before}: rows are sent whole")
         if Letter.S in (old, new) and run[-1] + 1 != max(self.before.row_axes, self.after.row_axes):
             raise PlacementError(f"{self.op} over axes {run} of {self.before} splits a row shard")
 
@@ -76,13 +89,16 @@ class Move:
         return f"{self.op}({','.join(map(str, self.axes))}) {self.before}>{self.after}"
 
     def to_json(self) -> dict[str, object]:
-        """{"op", "axes", "from", "to"}."""
-        return {
+        """{"op", "axes", "from", "to"}, and "bundle" where there is one."""
+        shown: dict[str, object] = {
             "op": str(self.op),
             "axes": list(self.axes),
             "from": str(self.before),
             "to": str(self.after),
         }
+        if self.bundle is not None:
+            shown["bundle"] = {"format": str(self.bundle.format), "top_k": self.bundle.top_k}
+        return shown
 
 
 @cache
@@ -103,6 +119,21 @@ def _moves_from(placement: Placement) -> Iterator[Move]:
                             yield Move(op, run, placement, placement.put(new, run))
                         except PlacementError:
                             continue
+
+
+@cache
+def sums_into(placement: Placement) -> tuple[Move, ...]:
+    """Every move that sums and ends at `placement`."""
+    found = []
+    for first in range(len(placement)):
+        for stop in range(first + 1, len(placement) + 1):
+            run = tuple(range(first, stop))
+            letters = {placement[axis] for axis in run}
+            for op, letter in ((Op.ALL_REDUCE, Letter.R), (Op.REDUCE_SCATTER, Letter.S)):
+                # Rows are scattered over the last of the row-sharded axes.
+                if letters == {letter} and (letter is Letter.R or stop == placement.row_axes):
+                    found.append(Move(op, run, placement.put(Letter.P, run), placement))
+    return tuple(found)
 
 
 def cheapest(

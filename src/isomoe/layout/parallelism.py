@@ -2,11 +2,37 @@
 
 import re
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from isomoe.errors import ConfigError
+from isomoe.layout.wire import WireFormat
 
 MAX_RANKS = 1024
-_SHORTHAND = re.compile(r"(tp|dp|ep|dense)(\d+)$")
+_SHORTHAND = re.compile(r"(tp|dp|ep|dense|red)(\d+)$")
+
+
+class A2ABackend(StrEnum):
+    """What takes rows to the ranks of their experts, and brings them back."""
+
+    NONE = "none"
+    """Nothing: rows are gathered, and each rank adds what its experts make of them."""
+    TORCH = "torch"
+    """all_to_all_single, over Gloo or NCCL."""
+    AUTO = "auto"
+    """Either of these, as the plan finds it cheaper for so many rows."""
+    DEEPEP = "deepep"
+    """The DeepEP package, where it is installed."""
+
+
+_WORDS: dict[str, tuple[str, object]] = {
+    "dplm": ("enable_dp_lm_head", True),
+    "a2a": ("moe_a2a_backend", A2ABackend.TORCH),
+    "a2aauto": ("moe_a2a_backend", A2ABackend.AUTO),
+    "deepep": ("moe_a2a_backend", A2ABackend.DEEPEP),
+    "fp8": ("moe_wire_format", WireFormat.FP8),
+    "nvfp4": ("moe_wire_format", WireFormat.NVFP4),
+}
+"""Parts of the shorthand without a number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +45,14 @@ class Parallelism:
         ep_size: groups of ranks that each own a share of the experts.
         moe_dense_tp_size: ranks that share one dense FFN; None means `tp_size`.
         enable_dp_lm_head: shard the lm_head over an attention group instead of over all ranks.
+        moe_a2a_backend: send each row to the ranks of its experts alone, by all-to-all.
+        moe_wire_format: how hidden states travel to routed experts; each row is rounded to it,
+            on any layout.
+        ep_num_redundant_experts: further copies of experts in each layer, to balance ranks.
 
     Raises:
-        ConfigError: if a degree does not divide `tp_size`; the message lists those that do.
+        ConfigError: if a degree does not divide `tp_size`, the message lists those that do; or if
+            there are no groups of experts to exchange rows between, or to balance.
     """
 
     tp_size: int = 1
@@ -29,6 +60,9 @@ class Parallelism:
     ep_size: int = 1
     moe_dense_tp_size: int | None = None
     enable_dp_lm_head: bool = False
+    moe_a2a_backend: A2ABackend = A2ABackend.NONE
+    moe_wire_format: WireFormat = WireFormat.NONE
+    ep_num_redundant_experts: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_RANKS:
@@ -43,6 +77,33 @@ class Parallelism:
                     f"{flag} {size} does not divide --tp-size {self.tp_size}; "
                     f"{_listed(divisors(self.tp_size))} would"
                 )
+        if self.ep_num_redundant_experts < 0:
+            raise ConfigError(
+                f"--ep-num-redundant-experts {self.ep_num_redundant_experts}: must be at least 0"
+            )
+        if self.ep_size == 1:
+            for flag, used in (
+                (f"--moe-a2a-backend {self.moe_a2a_backend}", self.exchanges),
+                (
+                    f"--ep-num-redundant-experts {self.ep_num_redundant_experts}",
+                    self.ep_num_redundant_experts > 0,
+                ),
+            ):
+                if used:
+                    raise ConfigError(
+                        f"{flag}: needs experts on several groups of ranks; --ep-size "
+                        f"{_listed(divisors(self.tp_size)[1:]) or 'above 1'} would give them"
+                    )
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether rows may go to the ranks of their experts by all-to-all."""
+        return self.moe_a2a_backend is not A2ABackend.NONE
+
+    @property
+    def routes_locally(self) -> bool:
+        """Whether rows choose their experts before they travel."""
+        return self.exchanges or self.moe_wire_format is not WireFormat.NONE
 
     @property
     def attn_tp(self) -> int:
@@ -76,6 +137,12 @@ class Parallelism:
             parts.append(f"--moe-dense-tp-size {self.moe_dense_tp_size}")
         if self.enable_dp_lm_head:
             parts.append("--enable-dp-lm-head")
+        if self.exchanges:
+            parts.append(f"--moe-a2a-backend {self.moe_a2a_backend}")
+        if self.moe_wire_format is not WireFormat.NONE:
+            parts.append(f"--moe-wire-format {self.moe_wire_format}")
+        if self.ep_num_redundant_experts:
+            parts.append(f"--ep-num-redundant-experts {self.ep_num_redundant_experts}")
         return " ".join(parts)
 
     def __str__(self) -> str:
@@ -89,6 +156,11 @@ class Parallelism:
             parts.append(f"dense{self.moe_dense_tp_size}")
         if self.enable_dp_lm_head:
             parts.append("dplm")
+        for word, (field, value) in _WORDS.items():
+            if word != "dplm" and getattr(self, field) == value:
+                parts.append(word)
+        if self.ep_num_redundant_experts:
+            parts.append(f"red{self.ep_num_redundant_experts}")
         return ",".join(parts)
 
     @classmethod
@@ -96,23 +168,24 @@ class Parallelism:
         """Reads the shorthand that `str` prints.
 
         Raises:
-            ConfigError: if a part is not one of tpN, dpN, epN, denseN, dplm.
+            ConfigError: if a part is none that there is.
         """
         fields = {"tp": "tp_size", "dp": "attn_dp_size", "ep": "ep_size"}
-        fields["dense"] = "moe_dense_tp_size"
-        values: dict[str, int | bool] = {}
-        for part in shorthand.split(","):
-            match = _SHORTHAND.match(part.strip())
+        fields |= {"dense": "moe_dense_tp_size", "red": "ep_num_redundant_experts"}
+        values: dict[str, object] = {}
+        for part in map(str.strip, shorthand.split(",")):
+            match = _SHORTHAND.match(part)
             name: str
-            value: int | bool
-            if part.strip() == "dplm":
-                name, value = "enable_dp_lm_head", True
+            value: object
+            if part in _WORDS:
+                name, value = _WORDS[part]
             elif match:
                 name, value = fields[match[1]], int(match[2])
             else:
+                words = ", ".join(_WORDS)
                 raise ConfigError(
-                    f"layout {shorthand!r}: {part!r} is not one of tpN, dpN, epN, denseN, dplm "
-                    "(an example: tp8,dp4,ep8)"
+                    f"layout {shorthand!r}: {part!r} is not one of tpN, dpN, epN, denseN, redN, "
+                    f"{words} (an example: tp8,dp4,ep8)"
                 )
             if name in values:
                 raise ConfigError(f"layout {shorthand!r}: {part!r} says something a second time")

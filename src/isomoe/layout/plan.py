@@ -7,7 +7,7 @@ from functools import cached_property
 from isomoe.layout.cost import Machine
 from isomoe.layout.mesh import Mesh
 from isomoe.layout.moves import Move
-from isomoe.layout.placement import Placement
+from isomoe.layout.placement import Placement, row_sharded
 
 BUCKETS = (8, 64, 512, 4096, 32768)
 """Upper bounds of the rows of a step that share a regime; larger steps use the last one."""
@@ -36,21 +36,28 @@ class Route:
     """A chain of moves and what it is predicted to cost.
 
     Attributes:
-        beats: the cheapest chain that begins otherwise, if there is one.
+        beats: the cheapest chain that begins otherwise, if there is one; of a fused route the
+            cheapest one without.
+        fused: its last move, a sum, is made in one operation with the addition to the residual and
+            the norm. Where that declines a batch, it is made by itself.
     """
 
     moves: tuple[Move, ...]
     sent_bytes_per_row: float
     predicted_us: float
     beats: "Route | None" = None
+    fused: bool = False
 
     def to_json(self) -> dict[str, object]:
-        """{"moves", "bytes_per_row", "predicted_us"}, and "beats" where there was a choice."""
+        """{"moves", "bytes_per_row", "predicted_us"}; "fused" if it is, and "beats" where there was
+        a choice."""
         out: dict[str, object] = {
             "moves": [move.to_json() for move in self.moves],
             "bytes_per_row": round(self.sent_bytes_per_row, 3),
             "predicted_us": round(self.predicted_us, 3),
         }
+        if self.fused:
+            out["fused"] = True
         if self.beats is not None:
             out["beats"] = self.beats.to_json()
         return out
@@ -74,13 +81,18 @@ class Settle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """Normed rows on their way to a block."""
+    """Normed rows on their way to a block.
+
+    Attributes:
+        beside: the block then runs on a second stream, beside the others of its read.
+    """
 
     consumer: str
     residual: Placement
     needs: Placement
     gives: Placement
     route: Route
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +101,8 @@ class ReadPlan:
 
     Attributes:
         carry: how the residual so far comes to `residual`; None where there is none yet.
-        settles: one for each distinct placement of what was written since the last read.
+        settles: one for each distinct placement of what was written since the last read; a fused
+            one, of which there is one at most, comes last.
         deliveries: one for each consumer. Those with equal `needs` are moved once.
     """
 
@@ -125,6 +138,11 @@ class RegimePlan:
         return {self.embedding: self.embedding_gives, **given}
 
     @property
+    def fuses(self) -> bool:
+        """Whether any sum is made in one operation with the norm behind it."""
+        return any(settle.route.fused for read in self.reads for settle in read.settles)
+
+    @property
     def residual(self) -> Placement:
         """The residual's placement at most of the reads."""
         held = [read.residual for read in self.reads]
@@ -150,7 +168,9 @@ class RegimePlan:
                 read.residual,
                 read.selects_rows,
                 read.carry and read.carry.route.moves,
-                tuple((s.gives, len(s.producers), s.route.moves) for s in read.settles),
+                tuple(
+                    (s.gives, len(s.producers), s.route.moves, s.route.fused) for s in read.settles
+                ),
                 tuple((d.needs, d.gives, d.route.moves) for d in read.deliveries),
             )
             for read in self.reads
@@ -179,6 +199,7 @@ class RegimePlan:
                         "consumer": delivery.consumer,
                         "residual": str(delivery.residual),
                         "needs": str(delivery.needs),
+                        **({"beside": True} if delivery.beside else {}),
                         **delivery.route.to_json(),
                     }
                 )
@@ -228,6 +249,16 @@ class Plan:
             "regimes": [regime.to_json() for regime in self.regimes],
         }
 
+    def fused_runs(self) -> set[tuple[int, ...]]:
+        """Those over which some sum is fused with the norm behind it."""
+        return {
+            settle.route.moves[-1].axes
+            for plan in self.regimes
+            for read in plan.reads
+            for settle in read.settles
+            if settle.route.fused
+        }
+
     def runs(self) -> set[tuple[int, ...]]:
         """Every run of axes that some move uses and communicates over."""
         return {move.axes for plan in self.regimes for move in plan.moves()}
@@ -237,3 +268,9 @@ def regimes(mesh: Mesh, buckets: Sequence[int] = BUCKETS) -> list[Regime]:
     """The regimes of a mesh: ragged ones only where there are several attention-DP groups."""
     forms = (True, False) if mesh.attn_dp else (True,)
     return [Regime(rows=rows, equal=equal) for equal in forms for rows in buckets]
+
+
+def residual_placements(mesh: Mesh) -> list[Placement]:
+    """Those that a residual may have: S at least where attention holds different requests."""
+    axes = len(mesh.axes)
+    return [row_sharded(prefix, axes) for prefix in range(len(mesh.attn_dp), axes + 1)]

@@ -6,20 +6,31 @@ attention-DP group has the same number: one regime each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import count, pairwise, product
-from math import prod
+from math import inf, prod
 from operator import add
+from typing import NamedTuple
 
 from isomoe.errors import PlacementError
 from isomoe.layout.chain import BlockSpec, Chain, Variant
 from isomoe.layout.cost import CostModel, Machine
 from isomoe.layout.mesh import Mesh
-from isomoe.layout.moves import Move, chains_from, cheapest, unreachable
+from isomoe.layout.moves import Move, chains_from, cheapest, sums_into, unreachable
 from isomoe.layout.parallelism import Parallelism
-from isomoe.layout.placement import Placement, row_sharded
-from isomoe.layout.plan import Delivery, Plan, ReadPlan, Regime, RegimePlan, Route, Settle, regimes
+from isomoe.layout.placement import Letter, Placement
+from isomoe.layout.plan import (
+    Delivery,
+    Plan,
+    ReadPlan,
+    Regime,
+    RegimePlan,
+    Route,
+    Settle,
+    regimes,
+    residual_placements,
+)
 
 
 def make_plan(chain: Chain, machine: Machine, wanted: Sequence[Regime] | None = None) -> Plan:
@@ -44,6 +55,12 @@ _State = tuple[Placement | None, tuple[Variant, ...]]
 _Pair = tuple[Placement, Placement]
 """(before, after)."""
 
+_Item = _Pair | Move
+"""What has a price: a way between two placements, or a move inside a block."""
+
+_Found = tuple[float, tuple[Move, ...], int]
+"""Microseconds, the moves, and their number."""
+
 
 @cache
 def _number(thing: object) -> int:
@@ -64,27 +81,66 @@ class _Routes:
     def __init__(self, cost: CostModel, regime: Regime) -> None:
         self._cost = cost
         self._regime = regime
-        self._found: dict[_Pair, tuple[float, tuple[Move, ...], int]] = {}
+        self._found: dict[_Item, _Found] = {}
+        self._fused: dict[_Pair, _Found | None] = {}
         self._search: dict[Placement, Iterator[tuple[Placement, float, tuple[Move, ...]]]] = {}
         self._routes: dict[_Pair, Route] = {}
         self._prices: dict[Move, float] = {}
 
-    def cheapest(self, key: _Pair) -> tuple[float, tuple[Move, ...], int]:
-        """Between (before, after): microseconds, the moves, and their number.
+    def cheapest(self, item: _Item) -> _Found:
+        """The cheapest way of an item.
 
         Raises:
-            PlacementError: if there are none.
+            PlacementError: if there is none.
         """
-        before, after = key
+        if item in self._found:
+            return self._found[item]
+        if isinstance(item, Move):
+            self._found[item] = self._price(item), (item,), _number((item,))
+            return self._found[item]
+        before, after = item
         if before not in self._search:
             self._search[before] = chains_from(before, self._price)
-        while key not in self._found:  # one search serves all that lie on its way
+        while item not in self._found:  # one search serves all that lie on its way
             reached = next(self._search[before], None)
             if reached is None:
                 raise unreachable(before, after)
             here, us, moves = reached
             self._found[before, here] = us, moves, _number(moves)
-        return self._found[key]
+        return self._found[item]
+
+    def fused(self, pair: _Pair) -> _Found | None:
+        """The cheapest way that ends with a sum in one operation with the norm, if one does."""
+        if pair not in self._fused:
+            before, after = pair
+            best = None
+            for last in sums_into(after):
+                end = self._cost.fused_microseconds(last, self._regime.rows, self._regime.equal)
+                if end == inf:
+                    continue
+                try:
+                    us, moves, _ = self.cheapest((before, last.before))
+                except PlacementError:
+                    continue
+                if best is None or us + end < best[0]:
+                    best = us + end, (*moves, last), _number((*moves, last, "fused"))
+            self._fused[pair] = best
+        return self._fused[pair]
+
+    def saved(self, pair: _Pair) -> float:
+        """Microseconds that fusing the last sum saves; 0 if it saves nothing."""
+        fused = self.fused(pair)
+        return 0.0 if fused is None else max(0.0, self.cheapest(pair)[0] - fused[0])
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a second stream pays in steps of so many rows."""
+        return self._regime.rows <= self._cost.machine.second_stream_rows
+
+    @property
+    def has_fused(self) -> bool:
+        """Whether there is any fused sum on this machine."""
+        return self._cost.machine.fused is not None
 
     def between(self, before: Placement, after: Placement) -> Route:
         """The cheapest route, and the one that it beat.
@@ -104,6 +160,13 @@ class _Routes:
                     beats = None
             self._routes[key] = self._route(moves, us, beats)
         return self._routes[key]
+
+    def fused_between(self, before: Placement, after: Placement) -> Route:
+        """The cheapest route with a fused sum at its end; it beat that without."""
+        fused = self.fused((before, after))
+        assert fused is not None
+        us, moves, _ = fused
+        return replace(self._route(moves, us, self.between(before, after)), fused=True)
 
     def _route(self, moves: tuple[Move, ...], us: float, beats: Route | None) -> Route:
         sent = sum(self._cost.sent_bytes_per_row(move) for move in moves)
@@ -139,6 +202,18 @@ class Choice:
     bind: Callable[[], RegimePlan]
 
 
+class _Sum(NamedTuple):
+    """What a step from one read to the next costs, by the numbers of its items.
+
+    Attributes:
+        items: of which it is the sum.
+        addends: those of them of which one may be fused with the norm behind it.
+    """
+
+    items: tuple[int, ...]
+    addends: tuple[int, ...] = ()
+
+
 class _Steps:
     """The steps from the states before a read to those after it, and what each moves.
 
@@ -148,22 +223,37 @@ class _Steps:
     """
 
     def __init__(
-        self, old: list[_State], new: list[_State], add: Callable[[list[_Pair]], int]
+        self,
+        old: list[_State],
+        new: list[_State],
+        number: Callable[[_Item], int],
+        add: Callable[[_Sum], int],
     ) -> None:
         self.settles: dict[Placement, list[int]] = {}
         self.deliveries: list[tuple[Placement, int]] = []
         for residual, variants in new:
             assert residual is not None
             needs = dict.fromkeys(v.needs for v in variants if v.needs is not None)
-            self.deliveries.append((residual, add([(residual, need) for need in needs])))
+            items: list[_Item] = [(residual, need) for need in needs]
+            # A block's own features take the same, whatever is chosen.
+            items += [m for v in variants for m in v.inner if Letter.C not in m.before + m.after]
+            self.deliveries.append((residual, add(_Sum(tuple(map(number, items))))))
             if residual not in self.settles:
                 self.settles[residual] = [
-                    add(
-                        [(v, residual) for v in dict.fromkeys(v.gives for v in written)]
-                        + ([] if carried is None else [(carried, residual)])
-                    )
-                    for carried, written in old
+                    add(_settled(residual, carried, written, number)) for carried, written in old
                 ]
+
+
+def _settled(
+    residual: Placement,
+    carried: Placement | None,
+    written: tuple[Variant, ...],
+    number: Callable[[_Item], int],
+) -> _Sum:
+    addends = tuple(number((gives, residual)) for gives in dict.fromkeys(v.gives for v in written))
+    if carried is None:  # there is nothing to add to
+        return _Sum(addends)
+    return _Sum((*addends, number((carried, residual))), addends)
 
 
 class Planner:
@@ -171,14 +261,17 @@ class Planner:
 
     Which states there are, and which routes lie between them, is worked out once; a regime only
     has its own prices.
+
+    Args:
+        residuals: placements of the residual to choose from; None: all that it may have.
     """
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, residuals: Sequence[Placement] | None = None) -> None:
         self.chain = chain
-        axes = len(chain.mesh.axes)
-        residuals = [row_sharded(k, axes) for k in range(len(chain.mesh.attn_dp), axes + 1)]
-        self._pairs: dict[_Pair, int] = {}
-        self._sums: dict[tuple[int, ...], int] = {}
+        if residuals is None:
+            residuals = residual_placements(chain.mesh)
+        self._items: dict[_Item, int] = {}
+        self._sums: dict[_Sum, int] = {}
         kinds: dict[object, list[_State]] = {}
         self._states: list[list[_State]] = [[(None, (v,)) for v in chain.embedding.variants]]
         for read in chain.reads:
@@ -191,9 +284,10 @@ class Planner:
         for old, new in pairwise(self._states):
             key = (id(old), id(new))
             if key not in steps:
-                steps[key] = _Steps(old, new, self._sum_of)
+                steps[key] = _Steps(old, new, self._number_of, self._sum_of)
             self._steps.append(steps[key])
-        self._paths: dict[tuple[int, ...], tuple[object, tuple[int, ...]]] = {}
+        self._by_number = list(self._sums)
+        self._paths: dict[tuple[int, ...], tuple[object, tuple[int, ...], tuple[int, ...]]] = {}
         self._kind = _number(
             (
                 chain.mesh.axes,
@@ -201,7 +295,7 @@ class Planner:
                 tuple(
                     (
                         read.selects_rows,
-                        *((b.kind, b.inner) if b.inner else None for b in read.consumers),
+                        *(_inside(block) for block in read.consumers),
                     )
                     for read in chain.reads
                 ),
@@ -215,22 +309,54 @@ class Planner:
             PlacementError: if a placement that a block declares cannot be reached, or left.
         """
         routes = _routes(machine, self.chain.mesh.axes, self.chain.hidden_size, regime)
-        found = [routes.cheapest(pair) for pair in self._pairs]
+        found = [routes.cheapest(item) for item in self._items]
         us = [price for price, _, _ in found]
-        sums = [sum(map(us.__getitem__, pairs)) for pairs in self._sums]
+        fuses = self._fusing(routes)
+        sums = [sum(map(us.__getitem__, one.items)) for one in self._sums]
+        for one, (saved, _, _) in fuses.items():
+            sums[one] -= saved
         total, path = self._cheapest_path(sums)
         if path not in self._paths:
             self._paths[path] = self._described(path)
-        states, pairs = self._paths[path]
-        return Choice(
-            regime=regime,
-            key=(self._kind, regime.equal, states, *(found[pair][2] for pair in pairs)),
-            bind=lambda: self._bind(regime, routes.between, path, total),
+        states, delivered, settled = self._paths[path]
+        key = (
+            self._kind,
+            regime.equal,
+            states,
+            *(found[item][2] for item in delivered),
+            *(self._number_along(one, found, fuses) for one in settled),
         )
+        return Choice(regime=regime, key=key, bind=lambda: self._bind(regime, routes, path, total))
 
-    def _sum_of(self, pairs: list[_Pair]) -> int:
-        numbers = tuple(self._pairs.setdefault(pair, len(self._pairs)) for pair in pairs)
-        return self._sums.setdefault(numbers, len(self._sums))
+    def _number_of(self, item: _Item) -> int:
+        return self._items.setdefault(item, len(self._items))
+
+    def _sum_of(self, one: _Sum) -> int:
+        return self._sums.setdefault(one, len(self._sums))
+
+    def _fusing(self, routes: _Routes) -> dict[int, tuple[float, int, int]]:
+        """Of the sums that gain by it: microseconds saved, by which item, and the number of its
+        fused route."""
+        if not routes.has_fused:
+            return {}
+        pairs = [item for item in self._items if not isinstance(item, Move)]
+        gains = {self._items[pair]: (routes.saved(pair), routes.fused(pair)) for pair in pairs}
+        fuses = {}
+        for number, one in enumerate(self._sums):
+            best = max(one.addends, key=lambda item: gains[item][0], default=None)
+            if best is not None and gains[best][0] > 0:
+                saved, route = gains[best]
+                assert route is not None
+                fuses[number] = saved, best, route[2]
+        return fuses
+
+    def _number_along(
+        self, settled: int, found: list[_Found], fuses: dict[int, tuple[float, int, int]]
+    ) -> tuple[int, ...]:
+        """The numbers of the routes that a settle takes."""
+        _, fused, number = fuses.get(settled, (0.0, None, 0))
+        items = self._by_number[settled].items
+        return tuple(number if item == fused else found[item][2] for item in items)
 
     def _cheapest_path(self, sums: list[float]) -> tuple[float, tuple[int, ...]]:
         """Viterbi over the reads. Of equal paths, that of the first states.
@@ -264,20 +390,21 @@ class Planner:
             path.append(before[path[-1]])
         return total, tuple(reversed(path))
 
-    def _described(self, path: tuple[int, ...]) -> tuple[object, tuple[int, ...]]:
-        """The states of a path, and the routes that lie along it."""
+    def _described(self, path: tuple[int, ...]) -> tuple[object, tuple[int, ...], tuple[int, ...]]:
+        """The states of a path, the items that it delivers by, and the sums of its settles."""
         states = [states[at] for states, at in zip(self._states, path, strict=True)]
-        by_number = list(self._sums)
-        along: dict[int, None] = {}
+        delivered: dict[int, None] = {}
+        settled: dict[int, None] = {}
         for step, old, new in zip(self._steps, path, path[1:], strict=False):
             residual, delivery = step.deliveries[new]
-            along |= dict.fromkeys(by_number[step.settles[residual][old]] + by_number[delivery])
-        return _number(tuple(states)), tuple(along)
+            settled[step.settles[residual][old]] = None
+            delivered |= dict.fromkeys(self._by_number[delivery].items)
+        return _number(tuple(states)), tuple(delivered), tuple(settled)
 
     def _bind(
         self,
         regime: Regime,
-        between: Callable[[Placement, Placement], Route],
+        routes: _Routes,
         path: tuple[int, ...],
         total: float,
     ) -> RegimePlan:
@@ -291,18 +418,26 @@ class Planner:
             assert residual is not None
             carry = None
             if carried is not None:
-                carry = _settle(read.name, ("residual",), carried, residual, between)
+                carry = _settle(read.name, ["residual"], carried, residual, routes.between)
             sources: dict[Placement, list[str]] = {}
             for block, variant in written:
                 sources.setdefault(variant.gives, []).append(block.name)
+            last = None
+            if carried is not None and routes.has_fused:
+                last = max(sources, key=lambda gives: routes.saved((gives, residual)))
+                last = last if routes.saved((last, residual)) > 0 else None
             settles = [
-                _settle(read.name, tuple(names), gives, residual, between)
+                _settle(read.name, names, gives, residual, routes.between)
                 for gives, names in sources.items()
+                if gives != last
             ]
+            if last is not None:
+                fused = routes.fused_between
+                settles.append(_settle(read.name, sources[last], last, residual, fused))
             deliveries = []
             for block, variant in zip(read.consumers, variants, strict=True):
                 assert variant.needs is not None
-                route = between(residual, variant.needs)
+                route = routes.between(residual, variant.needs)
                 deliveries.append(
                     Delivery(
                         consumer=block.name,
@@ -310,10 +445,11 @@ class Planner:
                         needs=variant.needs,
                         gives=variant.gives,
                         route=route,
+                        beside=block.beside and routes.runs_beside and len(read.consumers) > 1,
                     )
                 )
-                if block.inner:
-                    inner.append((block.name, block.inner))
+                if variant.inner:
+                    inner.append((block.name, variant.inner))
             reads.append(
                 ReadPlan(
                     name=read.name,
@@ -340,16 +476,22 @@ class Planner:
         )
 
 
+def _inside(block: BlockSpec) -> object:
+    """What a block moves inside, and what it is then; None for one that moves nothing."""
+    inner = tuple(variant.inner for variant in block.variants)
+    return (block.kind, inner) if any(inner) else None
+
+
 def _settle(
     read: str,
-    producers: tuple[str, ...],
+    producers: Sequence[str],
     gives: Placement,
     residual: Placement,
     between: Callable[[Placement, Placement], Route],
 ) -> Settle:
     return Settle(
         before=read,
-        producers=producers,
+        producers=tuple(producers),
         gives=gives,
         residual=residual,
         route=between(gives, residual),

@@ -20,7 +20,7 @@ from isomoe.blocks import (
     WeightSlice,
 )
 from isomoe.errors import ConfigError
-from isomoe.layout import Chain, Mesh, Parallelism, ReadSpec, Seat
+from isomoe.layout import Chain, ExpertLocation, Mesh, Parallelism, ReadSpec, Seat
 from isomoe.stream import ResidualStream
 
 _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -75,6 +75,7 @@ class CausalLM(ABC):
         config: the checkpoint's config.json.
         seat: the rank.
         layers: which layers to build; all by default. The proof builds one of each sort.
+        location: which rank holds which expert; None: in order.
 
     Raises:
         ConfigError: if the seat's layout does not divide the model.
@@ -93,9 +94,16 @@ class CausalLM(ABC):
     head_at: ClassVar[str] = "lm_head"
     """What the checkpoint calls these parts."""
 
-    def __init__(self, config: HFConfig, seat: Seat, layers: Iterable[int] | None = None) -> None:
+    def __init__(
+        self,
+        config: HFConfig,
+        seat: Seat,
+        layers: Iterable[int] | None = None,
+        location: ExpertLocation | None = None,
+    ) -> None:
         self.config = config
         self.seat = seat
+        self.location = location
         for key in _COUNTS:
             if type(config[key]) is not int or config[key] < 1:
                 raise ConfigError(f"config.json: {key!r} is {config[key]!r}, not a count")
@@ -183,6 +191,9 @@ class CausalLM(ABC):
 
     def routed_experts(self, at: str, **options: Any) -> SparseMoe:
         """`SparseMoe` on this seat."""
+        if self.location is not None:
+            index = int(at.removeprefix(f"{self.layers_at}.").partition(".")[0])
+            options["location"] = self.location.for_layer(index, options["num_experts"])
         return SparseMoe(self.seat, at, hidden_size=self.config["hidden_size"], **options)
 
     def shared_expert(self, at: str, width: int, **options: Any) -> GatedMLP:
@@ -192,13 +203,15 @@ class CausalLM(ABC):
         where the routed experts do and its addend joins theirs, so that it moves nothing and no
         rank reads more of it than it must. Over fewer, the plan chooses which rows a rank takes.
         """
+        mesh = self.seat.mesh
         return GatedMLP(
             self.seat,
             at,
             hidden_size=self.config["hidden_size"],
             intermediate_size=width,
-            axes=self.seat.mesh.widest(width),
+            axes=() if mesh.parallelism.routes_locally else mesh.widest(width),
             kind="shared expert",
+            beside=True,
             **options,
         )
 
@@ -215,16 +228,18 @@ class CausalLM(ABC):
 
     def forward(self, batch: Batch, stream: ResidualStream) -> Tensor:
         """One step. Returns logits [selected rows of this rank's attention group, vocab]."""
-        inner = stream.collect
-        stream.write(self.embedding.name, self.embedding(batch.ids, batch, inner))
+        stream.write(self.embedding.name, self.embedding(batch.ids, batch, stream))
         for layer in self.layers:
             h = stream.read(layer.attn_norm, layer.attn_norm.name)
-            stream.write(layer.attn.name, layer.attn(h.to(layer.attn.name), batch, inner))
+            stream.write(layer.attn.name, layer.attn(h.to(layer.attn.name), batch, stream))
             h = stream.read(layer.ffn_norm, layer.ffn_norm.name)
+            for part in layer.ffn:  # all before any is launched that others run beside
+                h.to(part.name)
             for part in layer.ffn:
-                stream.write(part.name, part(h.to(part.name), batch, inner))
+                with h.beside(part.name):
+                    stream.write(part.name, part(h.to(part.name), batch, stream))
         h = stream.read(self.norm, self.norm.name, rows=batch.logits_rows)
-        return self.lm_head(h.to(self.lm_head.name), batch, inner)
+        return self.lm_head(h.to(self.lm_head.name), batch, stream)
 
     def blocks(self) -> Iterator[Block]:
         """Every block, in the order of the forward pass."""

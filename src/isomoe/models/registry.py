@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isomoe.errors import ConfigError, IsomoeError, PlacementError
-from isomoe.layout import Parallelism, Seat
+from isomoe.layout import ExpertLocation, Parallelism, Seat
 from isomoe.layout.parallelism import MAX_RANKS, divisors
 from isomoe.models.bailing_moe import BailingMoe, BailingMoeV2
 from isomoe.models.bailing_moe_linear import BailingMoeLinearV2, BailingMoeV25
@@ -93,9 +93,17 @@ def family_of(config: HFConfig) -> type[CausalLM]:
 
 
 def build(
-    config: HFConfig, parallelism: Parallelism, rank: int = 0, layers: list[int] | None = None
+    config: HFConfig,
+    parallelism: Parallelism,
+    rank: int = 0,
+    layers: list[int] | None = None,
+    location: ExpertLocation | None = None,
 ) -> CausalLM:
     """The model on one rank's seat, without weights.
+
+    Args:
+        layers: which of its layers; all by default.
+        location: which rank holds which expert; None: in order.
 
     Raises:
         ConfigError: if the config makes no model, or the layout does not fit; names the nearest
@@ -110,7 +118,7 @@ def build(
             )
         try:
             mesh = family.mesh(config, parallelism)
-            return family(config, Seat(mesh, rank), layers)
+            return family(config, Seat(mesh, rank), layers, location)
         except ConfigError as error:
             raise ConfigError(f"{error}{_advice(family, config, parallelism)}") from None
 

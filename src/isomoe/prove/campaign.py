@@ -14,6 +14,7 @@ from isomoe.layout.parallelism import divisors
 from isomoe.models import HFConfig, family_of, layouts
 from isomoe.prove.finding import Finding, Stats
 from isomoe.prove.mutants import find_mutant
+from isomoe.prove.paths import on_path_of, paths
 from isomoe.prove.runner import prove
 from isomoe.prove.subject import Subject
 
@@ -36,6 +37,7 @@ def prove_models(
     mutant: str | None = None,
     progress: Progress | None = None,
     processes: int | None = None,
+    all_paths: bool = False,
 ) -> Report:
     """Proves every valid layout of every model, or stops at the first violation.
 
@@ -44,10 +46,13 @@ def prove_models(
     Args:
         mutant: a known defect to plant; the campaign must then find a violation.
         processes: how many to use; all cores by default.
+        all_paths: every way between attention and experts on each layout, not the plain one alone.
     """
     jobs = _jobs(max_ranks)
     stats = Stats()
-    for done, (part, finding) in enumerate(_results(jobs, configs, mutant, processes), 1):
+    for done, (part, finding) in enumerate(
+        _results(jobs, configs, mutant, processes, all_paths), 1
+    ):
         stats.add(part)
         if progress is not None:
             progress(done, len(jobs))
@@ -66,17 +71,23 @@ def _jobs(max_ranks: int) -> list[_Job]:
 
 
 def _results(
-    jobs: list[_Job], configs: Mapping[str, HFConfig], mutant: str | None, processes: int | None
+    jobs: list[_Job],
+    configs: Mapping[str, HFConfig],
+    mutant: str | None,
+    processes: int | None,
+    all_paths: bool,
 ) -> Iterator[tuple[Stats, Finding | None]]:
     cores = processes or len(os.sched_getaffinity(0))
     if cores == 1 or mutant is not None or jobs[-1][0] < 8:
         for job in jobs:
-            yield _prove_job(job, configs, mutant)
+            yield _prove_job(job, configs, mutant, all_paths)
         return
     pool = ProcessPoolExecutor(cores, mp_context=get_context("spawn"))
     try:
         # Large layouts first: the last job to end is then a short one.
-        chunks = [pool.submit(_prove_job, job, dict(configs), mutant) for job in reversed(jobs)]
+        chunks = [
+            pool.submit(_prove_job, job, dict(configs), mutant, all_paths) for job in reversed(jobs)
+        ]
         for future in as_completed(chunks):
             yield future.result()
     finally:
@@ -84,7 +95,7 @@ def _results(
 
 
 def _prove_job(
-    job: _Job, configs: Mapping[str, HFConfig], mutant: str | None
+    job: _Job, configs: Mapping[str, HFConfig], mutant: str | None, all_paths: bool
 ) -> tuple[Stats, Finding | None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny: threads only get in each other's way
@@ -93,7 +104,7 @@ def _prove_job(
     try:
         stats = Stats()
         planted = find_mutant(mutant) if mutant is not None else None
-        for part, finding in prove(_subjects(job, configs), planted):
+        for part, finding in prove(_subjects(job, configs, _ways(mutant, all_paths)), planted):
             stats.add(part)
             if finding is not None:
                 return stats, finding
@@ -104,13 +115,25 @@ def _prove_job(
             gc.enable()
 
 
-def _subjects(job: _Job, configs: Mapping[str, HFConfig]) -> Iterator[Subject]:
+_Ways = Callable[[Parallelism], Iterable[Parallelism]]
+
+
+def _ways(mutant: str | None, all_paths: bool) -> _Ways:
+    """What is made of each layout: itself, each path on it, or the path that a mutant acts on."""
+    if mutant is not None:
+        path = Parallelism.parse(find_mutant(mutant).layout)
+        return lambda layout: on_path_of(path, layout)
+    return paths if all_paths else lambda layout: (layout,)
+
+
+def _subjects(job: _Job, configs: Mapping[str, HFConfig], ways: _Ways) -> Iterator[Subject]:
     """Every model on every layout of a job that fits it."""
     ranks, groups = job
     for name, config in configs.items():
         one_rank = Subject.of(name, config, Parallelism())
         for layout in layouts(family_of(config), config, ranks, ranks, groups):
-            yield replace(one_rank, layout=layout)
+            for path in ways(layout):
+                yield replace(one_rank, layout=path)
 
 
 def expressible(mutant: str, configs: Iterable[HFConfig]) -> bool:

@@ -41,7 +41,7 @@ class Tickets:
 
     counting: str | None = None
     _cache: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _tables: dict[tuple[str, tuple[int, int], tuple[int, int]], Tensor] = field(
+    _tables: dict[tuple[str, tuple[int, ...], tuple[int, int]], Tensor] = field(
         default_factory=dict
     )
 
@@ -56,17 +56,17 @@ class Tickets:
             self._cache[key] = torch.tensor(lanes, dtype=torch.int64)
         return self._cache[key]
 
-    def experts(self, name: str, owned: tuple[int, int], width: tuple[int, int]) -> Tensor:
-        """The tickets of experts' columns, and zeros where local id -1 points: [L + 1, LANES]."""
-        key = (name, owned, width)
+    def experts(self, name: str, held: tuple[int, ...], width: tuple[int, int]) -> Tensor:
+        """The tickets of experts' columns, and zeros where slot -1 points: [L + 1, LANES]."""
+        key = (name, held, width)
         if key not in self._tables:
-            rows = [self.columns(f"{name}.{expert}", *width) for expert in range(*owned)]
+            rows = [self.columns(f"{name}.{expert}", *width) for expert in held]
             self._tables[key] = torch.stack([*rows, torch.zeros(LANES, dtype=torch.int64)])
         return self._tables[key]
 
-    def expert_biases(self, name: str, owned: tuple[int, int]) -> Tensor:
-        """The tickets of experts' biases, zeros where local id -1 points: [L + 1, LANES]."""
-        rows = [self.once(f"{name}.{expert} bias") for expert in range(*owned)]
+    def expert_biases(self, name: str, held: tuple[int, ...]) -> Tensor:
+        """The tickets of experts' biases, zeros where slot -1 points: [L + 1, LANES]."""
+        rows = [self.once(f"{name}.{expert} bias") for expert in held]
         return torch.stack([*rows, torch.zeros(LANES, dtype=torch.int64)])
 
     def ids(self, name: str, vocab_size: int) -> Tensor:

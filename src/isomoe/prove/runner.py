@@ -1,10 +1,25 @@
 """The proof: every layout, regime and case of a model, on simulated ranks."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from math import inf
 from typing import NamedTuple
 
 from isomoe.errors import PlacementError
-from isomoe.layout import MACHINES, Chain, Choice, Mesh, Planner, RegimePlan, regimes
+from isomoe.layout import (
+    BUCKETS,
+    MACHINES,
+    Chain,
+    Choice,
+    FusedSums,
+    Machine,
+    Mesh,
+    Planner,
+    Rate,
+    Regime,
+    RegimePlan,
+    regimes,
+)
 from isomoe.prove.cases import cases
 from isomoe.prove.finding import Finding, Stats
 from isomoe.prove.mutants import Mutant
@@ -53,7 +68,7 @@ def prove(
                 return
         try:
             chain = models[0].chain if mutant is None else mutant.in_chain(models[0].chain)
-            stats.regimes = len(MACHINES) * len(regimes(chain.mesh))
+            stats.regimes = sum(1 for _ in _regimes(chain.mesh))
             for choice in _choices(chain) if mutant or chain.structure not in structures else ():
                 key = choice.key if mutant is None else (choice.key, choice.regime, *shares.items())
                 if key not in planned:
@@ -71,9 +86,26 @@ def prove(
 def _choices(chain: Chain) -> Iterator[Choice]:
     """What is planned for a chain on each machine, in each regime."""
     planner = Planner(chain)
+    for machine, regime in _regimes(chain.mesh):
+        yield planner.choose(machine, regime)
+
+
+_FREE = Rate(alpha_us=0.0, bytes_per_us=inf)
+FUSES_ALL = replace(
+    MACHINES["cuda"],
+    name="fuses all",
+    fused=FusedSums(whole=_FREE, scattered=_FREE, host_us=0.0, max_bytes=1 << 60),
+)
+"""A machine on which every sum that can be fused with a norm is."""
+
+
+def _regimes(mesh: Mesh) -> Iterator[tuple[Machine, Regime]]:
+    """What each chain is planned for."""
     for machine in MACHINES.values():
-        for regime in regimes(chain.mesh):
-            yield planner.choose(machine, regime)
+        for regime in regimes(mesh):
+            yield machine, regime
+    for regime in regimes(mesh, BUCKETS[:1]):
+        yield FUSES_ALL, regime
 
 
 class _Waiting(NamedTuple):

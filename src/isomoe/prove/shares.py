@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from isomoe.blocks import (
     Batch,
@@ -24,6 +23,7 @@ from isomoe.blocks import (
     SparseMoe,
     SquareSums,
     WideNormCore,
+    runs,
 )
 from isomoe.kernels import choose
 from isomoe.layout import Letter, Mesh
@@ -44,7 +44,7 @@ def share_of(block: Block) -> tuple[object, ...]:
                 held += [leaf.has_bias, leaf.bias_here]
             case ExpertWeights():
                 held += [Fraction(column, leaf.intermediate_size) for column in leaf.width]
-                held += [Fraction(expert, leaf.num_experts) for expert in leaf.owned]
+                held += [Fraction(end, leaf.num_experts) for run in runs(leaf.held) for end in run]
                 held.append(leaf.names.has_bias and leaf.bias_here)
             case SquareSums():
                 held += [Fraction(at, p.size) for p in leaf.parts for at in (p.start, p.stop)]
@@ -61,7 +61,10 @@ def share_of(block: Block) -> tuple[object, ...]:
 def faults_of(mesh: Mesh, ranks: list[Block], tickets: Tickets) -> str | None:
     """What is wrong with the shares of one block, given on every rank; None if nothing is."""
     gives = ranks[0].spec.variants[0].gives
-    shared = gives.where(Letter.C if isinstance(ranks[0], LmHead) else Letter.P)
+    if isinstance(ranks[0], SparseMoe):  # which may have summed, and give S
+        shared = mesh.all
+    else:
+        shared = gives.where(Letter.C if isinstance(ranks[0], LmHead) else Letter.P)
     by_index: dict[int, tuple[object, ...]] = {}
     for rank, block in enumerate(ranks):
         index, share = mesh.index(rank, shared), share_of(block)
@@ -130,14 +133,17 @@ def _projections_of(block: Block) -> list[RowLinear]:
 
 
 def _experts(group: list[Block], tickets: Tickets) -> str | None:
+    """Every physical expert is whole, once, and the copy that all ranks take it for."""
     blocks = cast(list[SparseMoe], group)
-    one = blocks[0].experts
-    found = torch.zeros(one.num_experts, LANES, dtype=torch.int64)
-    biases = torch.zeros(one.num_experts, dtype=torch.int64)
+    one, location = blocks[0].experts, blocks[0].ownership.location
+    found = torch.zeros(location.num_physical, LANES, dtype=torch.int64)
+    biases = torch.zeros(location.num_physical, dtype=torch.int64)
     for block in blocks:
-        owned = slice(*block.experts.owned)
-        found[owned] += tickets.columns(one.name, *block.experts.width)
-        biases[owned] += block.experts.bias_here
+        own = block.ownership
+        if own.location != location or block.experts.held != own.held:
+            return "ranks do not agree on which expert is where"
+        found[own.first : own.stop] += tickets.columns(one.name, *block.experts.width)
+        biases[own.first : own.stop] += block.experts.bias_here
     whole = tickets.columns(one.name, 0, one.intermediate_size)
     if not bool((found == whole).all()):
         return "the columns of the experts on all ranks are not the whole, once"
@@ -147,21 +153,25 @@ def _experts(group: list[Block], tickets: Tickets) -> str | None:
 
 
 def _owners(group: list[Block], tickets: Tickets) -> str | None:
-    """Every chosen expert is found by the ranks that own it, under its number there."""
+    """Every chosen expert is found by one owner, in a slot that holds it."""
     blocks = cast(list[SparseMoe], group)
     count = blocks[0].num_experts
     rows = torch.arange(_TOKENS, dtype=torch.int64).unsqueeze(1) * 7919 + 1
     logits = router_logits(rows, blocks[0].router.parts[0].source, count)
     weights, ids = choose(logits, blocks[0].routing)
-    batch = cast(Batch, SimpleNamespace(real_rows=lambda device: None))
-    for block in {block.owned: block for block in blocks}.values():
-        first, stop = block.owned
-        found, local = block.route(logits, batch)
-        mine = torch.where((ids >= first) & (ids < stop), ids - first, torch.full_like(ids, -1))
-        if block.experts.owned != block.owned or not _same(local, mine, found, weights):
-            return f"a rank that owns experts {first} to {stop} takes others"
+    every = SimpleNamespace(span=lambda rank, row_axes: (0, _TOKENS))
+    batch = cast(Batch, SimpleNamespace(real_rows=lambda device: None, rows=every, rank=0))
+    owners = torch.zeros_like(ids)
+    for block in {block.ownership.first: block for block in blocks}.values():
+        found, slots = block.route(logits, batch)
+        served, physical = block.choose(logits, batch, row_axes=0)
+        if not torch.equal(slots, block.ownership.slots(physical)):
+            return "rows that were gathered and rows that were sent find other experts"
+        held = torch.tensor([*block.experts.held, -1])
+        right = (slots < 0) | (held[slots] == ids)
+        if not (bool(right.all()) and torch.equal(found, weights) and torch.equal(served, weights)):
+            return f"a rank that holds experts {block.experts.held} takes others"
+        owners += slots >= 0
+    if not bool((owners == 1).all()):
+        return "a chosen expert is served other than once"
     return None
-
-
-def _same(local: Tensor, mine: Tensor, found: Tensor, weights: Tensor) -> bool:
-    return torch.equal(local, mine) and torch.equal(found, weights)

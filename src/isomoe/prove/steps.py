@@ -10,7 +10,7 @@ from itertools import groupby
 from math import prod
 from operator import itemgetter
 
-from isomoe.layout import Move, Placement, RegimePlan
+from isomoe.layout import Move, Placement, RegimePlan, WireFormat
 from isomoe.prove.mutants import Mutant
 
 
@@ -44,7 +44,7 @@ def _steps(plan: RegimePlan, shares: Mapping[str, object]) -> Iterator[object]:
     }
     for read in plan.reads:
         settles = [
-            (tuple(ran[name] for name in settle.producers), moved(settle.route.moves))
+            (tuple(ran[p] for p in settle.producers), moved(settle.route.moves), settle.route.fused)
             for settle in read.settles
         ]
         carry = read.carry and moved(read.carry.route.moves)
@@ -76,4 +76,6 @@ def _moved(move: Move, axes: tuple[int, ...]) -> tuple[object, ...]:
     """A move by the groups of ranks that it joins: their size, and how far apart members are."""
     size = prod(axes[axis] for axis in move.axes)
     stride = prod(axes[move.axes[-1] + 1 :])
-    return move.op, size, stride, on_ranks_of(move.before, axes), on_ranks_of(move.after, axes)
+    before, after = on_ranks_of(move.before, axes), on_ranks_of(move.after, axes)
+    packed = move.bundle and move.bundle.format is not WireFormat.NONE
+    return move.op, size, stride, before, after, packed

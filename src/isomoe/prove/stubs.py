@@ -13,14 +13,16 @@ from isomoe.blocks import (
     Lookup,
     LowRankQuery,
     Memory,
+    Pack,
     Router,
     RowLinear,
     SigmoidGate,
     SquareSums,
+    Unpack,
     WideNormCore,
 )
 from isomoe.errors import IsomoeError
-from isomoe.layout import RegimePlan
+from isomoe.layout import RegimePlan, WireFormat
 from isomoe.models import CausalLM
 from isomoe.prove.oracle import Expected, View
 from isomoe.prove.provenance import Tickets, logit_factors, router_logits, ticket
@@ -105,6 +107,10 @@ class RankStubs:
                 stub = self._router(leaf)
             case ExpertWeights():
                 stub = self._experts(leaf)
+            case Pack():
+                stub = self._pack(leaf)
+            case Unpack():
+                stub = _unpack
             case Linear() | Gated() | LowRankQuery():
                 stub = _pass
             case _:
@@ -219,15 +225,26 @@ class RankStubs:
         return forward
 
     def _experts(self, leaf: ExpertWeights) -> Any:
-        table = self.tickets.experts(leaf.name, leaf.owned, leaf.width)
+        table = self.tickets.experts(leaf.name, leaf.held, leaf.width)
         biases = None
         if leaf.names.has_bias and leaf.bias_here:
-            biases = self.tickets.expert_biases(leaf.name, leaf.owned)
+            biases = self.tickets.expert_biases(leaf.name, leaf.held)
 
         def forward(x: Tensor, local_ids: Tensor, weights: Tensor) -> Tensor:
             factors = self.tickets.routing_weight(weights)
             out = x * (table[local_ids] * factors).sum(1)
             return out if biases is None else out + (biases[local_ids] * factors).sum(1)
+
+        return forward
+
+    def _pack(self, leaf: Pack) -> Any:
+        """Codes mean nothing without their own row's scales."""
+
+        def forward(x: Tensor) -> tuple[Tensor, ...]:
+            if leaf.form is WireFormat.NONE:
+                return (x,)
+            scales = self.tickets.tag(x)[:, :1]
+            return torch.cat((x[:, :1] + scales, x[:, 1:]), 1), scales
 
         return forward
 
@@ -241,6 +258,13 @@ class RankStubs:
             return x[:, :1] * factors
 
         return forward
+
+
+def _unpack(values: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    codes, *scales = values
+    if not scales:
+        return codes
+    return torch.cat((codes[:, :1] - scales[0], codes[:, 1:]), 1)
 
 
 def _pass(x: Tensor, *others: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from isomoe.blocks import Part, Routing, SparseMoe
-from isomoe.layout import Parallelism, Seat
+from isomoe.blocks import Ownership, Part, Routing, SparseMoe
+from isomoe.layout import ExpertMap, Parallelism, Seat
 from isomoe.models import CausalLM, HFConfig, build, family_of, representative
 
 PROOF_VOCAB = 509
@@ -57,7 +57,10 @@ def _keep_few_experts(block: SparseMoe, seat: Seat, ways: int) -> None:
     work out the same of the same row.
     """
     count = ways * min(2, block.num_experts // ways)
+    redundant = ways if seat.mesh.parallelism.ep_num_redundant_experts else 0
     block.num_experts = block.experts.num_experts = count
-    block.owned = block.experts.owned = seat.shard(count, seat.mesh.moe_ep, "experts")
+    share = seat.shard(count + redundant, seat.mesh.moe_ep, "experts")
+    block.ownership = Ownership(ExpertMap.trivial(count, redundant), *share)
+    block.experts.held = block.ownership.held
     block.routing = Routing(top_k=min(2, block.routing.top_k, count))
     block.router.parts = (Part(block.router.parts[0].source, count, 0, count),)

@@ -36,14 +36,19 @@ class World:
         self._use(Tickets())
 
     def check(self, plan: RegimePlan, case: Case, stats: Stats) -> Finding | None:
-        """Runs one step and adds to `stats`, or returns the violation."""
+        """Runs one step and adds to `stats`, or returns the violation.
+
+        A plan with fused sums is run twice: where they are made, and where they are declined.
+        """
+        fuses = True
         try:
             expected = self._expected(case)
-            stats.moves += self._simulate(plan, expected)
+            for fuses in (True, False) if plan.fuses else (True,):
+                stats.moves += self._simulate(plan, expected, fuses)
         except Violation as violation:
             counts = {}
             if violation.row is not None:
-                counts = self._count(plan, case, violation)
+                counts = self._count(plan, case, violation, fuses)
             return found_in(self.subject, plan.regime.name, case.name, violation, counts)
         except (IsomoeError, RuntimeError, IndexError) as error:
             failed = Violation("step", str(error), None, None, None)
@@ -63,17 +68,22 @@ class World:
         return self._cases[case]
 
     def _simulate(
-        self, plan: RegimePlan, expected: Expected, stop_at: tuple[int, int, int] | None = None
+        self,
+        plan: RegimePlan,
+        expected: Expected,
+        fuses: bool = True,
+        stop_at: tuple[int, int, int] | None = None,
     ) -> int:
         """Runs one step on all ranks; returns the number of collectives.
 
         Args:
+            fuses: whether fused sums are made, or declined.
             stop_at: (rank, read, row) at which a counting run ends.
         """
         case, ids = expected.case, expected.ids
         rows = TokenRows.of(self.mesh, case.real, case.padded)
         chosen = rows.select(case.chosen)
-        world = SimWorld(self.mesh)
+        world = SimWorld(self.mesh, fuses)
 
         def rank_main(comm: Communicator) -> None:
             rank = comm.seat.rank
@@ -101,7 +111,7 @@ class World:
         return world.calls
 
     def _count(
-        self, plan: RegimePlan, case: Case, violation: Violation
+        self, plan: RegimePlan, case: Case, violation: Violation, fuses: bool
     ) -> dict[str, tuple[int, int]]:
         """Runs the case again for each block in question, counting its columns as integers."""
         assert violation.read is not None
@@ -112,7 +122,7 @@ class World:
         for leaf in _summed_leaves(self.one_rank, violation.read):
             self._use(Tickets(counting=leaf))
             try:
-                self._simulate(plan, self._expected(case), stop_at)
+                self._simulate(plan, self._expected(case), fuses, stop_at)
             except Counted as counted:
                 counts[leaf] = (counted.found, counted.expected)
         return counts

@@ -8,11 +8,11 @@ from typing import Any, Self
 from isomoe import __version__
 from isomoe.config import EngineConfig
 from isomoe.engine import LLM, SamplingParams
+from isomoe.engine.laid_out import laid_out, planned
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.outputs import TokenLogprob
 from isomoe.errors import ConfigError, IsomoeError
-from isomoe.layout import MACHINES, Parallelism, make_plan
-from isomoe.models import build
+from isomoe.layout import Parallelism
 from isomoe.parity.inject import instrument_of
 from isomoe.parity.run import Candidate, Composition, Ids, Place, Prompt, Text
 from isomoe.parity.targets.base import Progress, Stage, Target, TargetError, given_ids
@@ -48,11 +48,12 @@ class EngineTarget(Target):
             instrument_of(self.defect, info.hf_config) if self.defect else config.instrument
         )
         # What can be refused is refused before any layout runs.
-        make_plan(build(info.hf_config, parallelism).chain, MACHINES[info.device])
+        config = replace(config, parallelism=parallelism, instrument=instrument)
+        planned(config, info, laid_out(config, info).chain)
         self.name = f"{parallelism}+{self.defect}" if self.defect else str(parallelism)
         if self.defect and parallelism.tp_size == 1:
             self.notes = ("one rank: there is nothing to sum or move",)
-        self._config = replace(config, parallelism=parallelism, instrument=instrument)
+        self._config = config
         self._info = info
         self._stage = stage
         self._llm: LLM | None = None

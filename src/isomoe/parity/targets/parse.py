@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from isomoe.engine.model_info import ModelInfo
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
-_LAYOUT = re.compile(r"\s*[a-z]+\d*\s*(,\s*[a-z]*\d*\s*)*(\+.*)?")
+_LAYOUT = re.compile(r"\s*[a-z]+\d*\s*(,\s*[a-z0-9]*\s*)*(\+.*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

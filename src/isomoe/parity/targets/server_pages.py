@@ -21,6 +21,8 @@ _OF_SERVER = (
     "enable_dp_lm_head",
     "moe_dense_tp_size",
     "moe_a2a_backend",
+    "moe_wire_format",
+    "ep_num_redundant_experts",
     "moe_runner_backend",
     "attention_backend",
     "sampling_backend",

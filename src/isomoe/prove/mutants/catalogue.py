@@ -2,12 +2,12 @@
 
 from isomoe.errors import ConfigError
 from isomoe.prove.corpus import defect_of
-from isomoe.prove.mutants import chain, model, rows, sums
+from isomoe.prove.mutants import chain, model, paths, rows, sums
 from isomoe.prove.mutants.base import Mutant
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     sorted(
-        (*sums.MUTANTS, *rows.MUTANTS, *chain.MUTANTS, *model.MUTANTS),
+        (*sums.MUTANTS, *rows.MUTANTS, *chain.MUTANTS, *model.MUTANTS, *paths.MUTANTS),
         key=lambda mutant: mutant.code,
     )
 )

@@ -1,6 +1,7 @@
 """Where a mutant of the residual stream acts (sites), and how it gets in (hooks)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -67,10 +68,22 @@ def on_write(site: Site, change: OnWrite) -> Hook:
     return in_stream
 
 
+def _unfuse(stream: ResidualStream) -> None:
+    """Makes every sum a move of its own, so that a mutant of moves meets all of them."""
+
+    def plain(settle: Settle) -> Settle:
+        return replace(settle, route=replace(settle.route, fused=False))
+
+    stream._reads = iter(
+        [replace(read, settles=tuple(map(plain, read.settles))) for read in stream.plan.reads]
+    )
+
+
 def on_move(change: OnMove) -> Hook:
     """Passes every move through `change`, which may call the real one."""
 
     def in_stream(stream: ResidualStream) -> None:
+        _unfuse(stream)
         run = stream.move
 
         def mutated(x: Tensor, move: Move) -> Tensor:
@@ -85,16 +98,17 @@ def on_settle(site: Site, change: OnMove) -> Hook:
     """Passes the moves that settle what blocks of a site wrote through `change`."""
 
     def in_stream(stream: ResidualStream) -> None:
+        _unfuse(stream)
         settled, run = stream._settled, stream.move
 
         def other(x: Tensor, move: Move) -> Tensor:
             return change(stream, run, x, move)
 
-        def mutated(settle: Settle) -> Tensor:
+        def mutated(settle: Settle, moves: Sequence[Move]) -> Tensor:
             here = any(site(stream.plan, block) for block in settle.producers)
             stream.move = other if here else run  # type: ignore[method-assign]
             try:
-                return settled(settle)
+                return settled(settle, moves)
             finally:
                 stream.move = run  # type: ignore[method-assign]
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from isomoe.blocks import (
-    Batch,
     Block,
     ExpertWeights,
     GatedMLP,
+    Ownership,
     Part,
     RowLinear,
     SparseMoe,
@@ -101,37 +101,43 @@ def _own(first_by: int, when_first: bool) -> InModel:
 
     def in_model(model: CausalLM) -> None:
         for block in _experts(model):
-            if (block.owned[0] == 0) == when_first:
-                block.owned = (block.owned[0] + first_by, block.owned[1])
-                block.experts.owned = block.owned
+            own = block.ownership
+            if (own.first == 0) == when_first:
+                _hold(block, own.first + first_by, own.stop)
 
     return in_model
 
 
 def _half_of_the_experts(model: CausalLM) -> None:
     for block in _experts(model):
-        first, stop = block.owned
-        block.owned = block.experts.owned = (first, (first + stop) // 2)
+        own = block.ownership
+        _hold(block, own.first, (own.first + own.stop) // 2)
 
 
-def _on_local_ids(change: Callable[[Tensor, SparseMoe], Tensor]) -> InModel:
-    """Passes the ids among a rank's experts (-1: another's) through `change`."""
+def _hold(block: SparseMoe, first: int, stop: int) -> None:
+    """Gives a rank another run of the experts."""
+    block.ownership = Ownership(block.ownership.location, first, stop)
+    block.experts.held = block.ownership.held
+
+
+def _on_slots(change: Callable[[Tensor, SparseMoe], Tensor]) -> InModel:
+    """Passes the slots of a rank's experts (-1: another's) through `change`."""
 
     def in_model(model: CausalLM) -> None:
         for block in _experts(model):
-            _change_local_ids(block, change)
+            _change_slots(block, change)
 
     return in_model
 
 
-def _change_local_ids(block: SparseMoe, change: Callable[[Tensor, SparseMoe], Tensor]) -> None:
-    route = block.route
+def _change_slots(block: SparseMoe, change: Callable[[Tensor, SparseMoe], Tensor]) -> None:
+    class Changed(type(block.experts)):  # type: ignore[misc]
+        def __call__(self, *args: Any) -> Tensor:
+            x, slots, weights = args
+            out: Tensor = super().__call__(x, change(slots, block), weights)
+            return out
 
-    def mutated(router_logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        weights, ids = route(router_logits, batch)
-        return weights, change(ids, block)
-
-    block.route = mutated  # type: ignore[method-assign]
+    block.experts.__class__ = Changed  # keeps all that it has been given
 
 
 def _lose_last_slot(ids: Tensor, block: SparseMoe) -> Tensor:
@@ -143,7 +149,7 @@ def _double_first_slot(ids: Tensor, block: SparseMoe) -> Tensor:
 
 
 def _stale_map(ids: Tensor, block: SparseMoe) -> Tensor:
-    count = block.owned[1] - block.owned[0]
+    count = len(block.experts.held)
     return torch.where(ids < 0, ids, (ids + 1) % count)
 
 
@@ -242,7 +248,7 @@ MUTANTS: tuple[Mutant, ...] = (
         code="M15",
         what="expert ids are gathered in another order than the rows they belong to",
         block=EXPERTS,
-        in_model=_on_local_ids(lambda ids, _: torch.roll(ids, 1, 0)),
+        in_model=_on_slots(lambda ids, _: torch.roll(ids, 1, 0)),
     ),
     Mutant(
         name="bias-on-every-rank",
@@ -290,14 +296,14 @@ MUTANTS: tuple[Mutant, ...] = (
         code="M21",
         what="a map of experts to slots is older than the slots' weights",
         block=EXPERTS,
-        in_model=_on_local_ids(_stale_map),
+        in_model=_on_slots(_stale_map),
     ),
     Mutant(
         name="lost-slot",
         code="M22",
         what="the last of a token's experts is dropped",
         block=EXPERTS,
-        in_model=_on_local_ids(_lose_last_slot),
+        in_model=_on_slots(_lose_last_slot),
     ),
     Mutant(
         name="doubled-slot",
@@ -305,7 +311,7 @@ MUTANTS: tuple[Mutant, ...] = (
         what="a token's first expert stands twice in its list, and replaces the second",
         block=EXPERTS,
         needs=Needs.SEVERAL_EXPERTS,
-        in_model=_on_local_ids(_double_first_slot),
+        in_model=_on_slots(_double_first_slot),
     ),
     Mutant(
         name="mispaired-weights",
@@ -313,13 +319,13 @@ MUTANTS: tuple[Mutant, ...] = (
         what="routing weights are paired with other experts",
         block=EXPERTS,
         needs=Needs.SEVERAL_EXPERTS,
-        in_model=_on_local_ids(lambda ids, _: ids.flip(1)),
+        in_model=_on_slots(lambda ids, _: ids.flip(1)),
     ),
     Mutant(
         name="sentinel-is-a-slot",
         code="M22",
         what="the mark of another rank's expert is taken for a rank's first one",
         block=EXPERTS,
-        in_model=_on_local_ids(_sentinel_is_a_slot),
+        in_model=_on_slots(_sentinel_is_a_slot),
     ),
 )

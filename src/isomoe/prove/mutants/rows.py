@@ -1,6 +1,7 @@
 """Mutants of the stream's rows: wrong, shifted, gathered twice; and of who enters a collective."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,8 +148,15 @@ def _vocabulary_shifted(stream: ResidualStream) -> None:
 class _OwnCopy:
     """A norm whose result nobody else holds, so that it can be spoilt."""
 
+    weight: Tensor
+    eps: float
+    dtype: torch.dtype
+
     def __init__(self, norm: Norm) -> None:
         self._norm = norm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._norm, name)
 
     def __call__(self, x: Tensor, /) -> Tensor:
         return self._norm(x).clone()

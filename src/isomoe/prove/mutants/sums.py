@@ -50,7 +50,7 @@ def _sum_too_early_over(which: str) -> OnWrite:
     return change
 
 
-def _sum_padded(stream: ResidualStream, x: Tensor, axes: Axes, row_axes: int) -> Tensor:
+def sum_padded(stream: ResidualStream, x: Tensor, axes: Axes, row_axes: int) -> Tensor:
     """Sums over `axes` even where ranks hold other numbers of rows: shorter ones get zeros."""
     spans = [stream.rows.span(rank, row_axes) for rank in range(stream.plan.mesh.size)]
     most = max(stop - start for start, stop in spans)
@@ -62,7 +62,7 @@ def _sum_over_rows(stream: ResidualStream, block: str, x: Tensor) -> Tensor:
     """Sums over ranks that hold other rows."""
     gives = stream.plan.gives[block]
     axes = gives.where(Letter.S)
-    return _sum_padded(stream, x, axes, gives.row_axes) if axes else x
+    return sum_padded(stream, x, axes, gives.row_axes) if axes else x
 
 
 def _skip_sum(stream: ResidualStream, run: Run, x: Tensor, move: Move) -> Tensor:
@@ -91,7 +91,7 @@ def _sum_other_group(stream: ResidualStream, run: Run, x: Tensor, move: Move) ->
     others = [a for a in stream.plan.mesh.all if a not in move.axes]
     if move.op is not Op.ALL_REDUCE or not others:
         return run(x, move)
-    return _sum_padded(stream, x, (others[-1],), move.before.row_axes)
+    return sum_padded(stream, x, (others[-1],), move.before.row_axes)
 
 
 def _residual_in_every_addend(stream: ResidualStream, run: Run, x: Tensor, move: Move) -> Tensor:

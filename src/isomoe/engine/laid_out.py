@@ -1,0 +1,39 @@
+"""A model as an engine is set to lay it out: which rank holds what, and what moves in between."""
+
+from pathlib import Path
+
+from isomoe.comm.deepep import check_available
+from isomoe.config import EngineConfig
+from isomoe.engine.model_info import ModelInfo
+from isomoe.layout import MACHINES, A2ABackend, Chain, ExpertLocation, Plan, make_plan, read_pinned
+from isomoe.models import CausalLM, build
+
+
+def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
+    """The model on one rank, without weights.
+
+    Raises:
+        ConfigError: if it cannot be laid out so, the file of the experts' location does not fit, or
+            DeepEP is asked for and not there.
+    """
+    layout = config.parallelism
+    if layout.moe_a2a_backend is A2ABackend.DEEPEP:
+        check_available(info.device)
+    location = None
+    if config.init_expert_location is not None:
+        file = Path(config.init_expert_location)
+        location = ExpertLocation.load(file, layout.ep_num_redundant_experts, layout.ep_size)
+    return build(info.hf_config, layout, rank, location=location)
+
+
+def planned(config: EngineConfig, info: ModelInfo, chain: Chain) -> Plan:
+    """The cheapest plan on the device's machine; or the one that is pinned, once it is checked.
+
+    Raises:
+        ConfigError: if the pinned plan cannot be read.
+        PlacementError: if no plan can be, or the pinned one is not right for this chain.
+    """
+    machine = MACHINES[info.device]
+    if config.plan is not None:
+        return read_pinned(Path(config.plan), chain, machine)
+    return make_plan(chain, machine)
