@@ -3,8 +3,8 @@
     python benchmarks/packed_error.py [--model-path FOLDER] [--num-prompts N] [--json FILE]
 
 The rows are those of its held-out questions, in its own dtype: each layer's experts are computed
-on them as they are and as each format rounds them. The figure is ||packed - plain|| / ||plain|| over
-all rows; what is rounded in one layer does not reach the next.
+on them as they are and as each format rounds them. The figure is ||packed - plain|| / ||plain||
+over all rows; what is rounded in one layer does not reach the next.
 """
 
 import argparse
