@@ -131,6 +131,10 @@ class EngineConfig:
                 "--init-expert-location: there is one group of ranks for all experts; --ep-size "
                 "above 1 would give several"
             )
+        if self.deepep_mode not in ("auto", "normal", "low_latency"):
+            raise ConfigError(
+                f"--deepep-mode {self.deepep_mode}: must be one of auto, normal, low_latency"
+            )
         if self.random_seed < 0:
             raise ConfigError(f"--random-seed {self.random_seed}: must be at least 0")
         for part in () if self.instrument is None else self.instrument.split(";"):

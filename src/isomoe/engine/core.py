@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from operator import add
 
 import torch
@@ -19,7 +20,7 @@ from isomoe.engine.outputs import Update
 from isomoe.engine.processes import ProcessExecutor
 from isomoe.engine.scheduler import Limits, Scheduler
 from isomoe.engine.step import MAX_SCORED_ROWS, GroupOutput, Request, Step
-from isomoe.errors import ConfigError
+from isomoe.errors import ConfigError, RequestError
 from isomoe.layout import Op
 from isomoe.models import CausalLM, family_of
 
@@ -110,7 +111,10 @@ class EngineCore:
 
         Raises:
             ConfigError: if it is not recorded.
+            RequestError: while requests run.
         """
+        if self.scheduler.has_work:
+            raise RequestError("the experts' load can be read when no request is running")
         if not self.config.record_expert_load:
             raise ConfigError("the experts' load is not recorded; record_expert_load=True does it")
         while self._under_way:
@@ -174,7 +178,7 @@ class EngineCore:
         if config.instrument is not None:  # sees the stream of each step, and a replay has none
             return ()
         ladder = graph_ladder(min(config.cuda_graph_max_bs, config.max_running_requests))
-        return tuple(rows for rows in ladder if not self._exchanges(rows))
+        return tuple(takewhile(lambda rows: not self._exchanges(rows), ladder))
 
     def _exchanges(self, rows: int) -> bool:
         """Whether rows go to their experts in steps of so many in each group: how many will arrive

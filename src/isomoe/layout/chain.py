@@ -85,6 +85,7 @@ class Chain:
         return (
             self.mesh.axes,
             self.mesh.attn_dp,
+            self.mesh.parallelism.ep_num_redundant_experts > 0,
             self.hidden_size,
             tuple((block.kind, block.variants, block.beside) for block in blocks),
             tuple((len(read.consumers), read.selects_rows) for read in self.reads),

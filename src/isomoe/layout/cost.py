@@ -208,8 +208,8 @@ class CostModel:
     def fused_microseconds(self, move: Move, rows: int, equal: bool) -> float:
         """Predicted time of a sum in one operation with what follows it, beyond that alone.
 
-        Every rank reads what it needs of every other's addends. Infinite where there is none, or
-        it would be declined.
+        Every rank reads what it needs of every other's addends. Infinite where there is none, or it
+        would be declined for its bytes.
         """
         fused = self.machine.fused
         if fused is None or not self._is_local(move):

@@ -66,7 +66,7 @@ class ExpertMap:
         """P, the copies of all experts."""
         return len(self.physical_to_logical)
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """Whether physical and logical numbers are the same."""
         return self.physical_to_logical == tuple(range(self.num_logical))

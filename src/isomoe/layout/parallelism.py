@@ -81,6 +81,11 @@ class Parallelism:
             raise ConfigError(
                 f"--ep-num-redundant-experts {self.ep_num_redundant_experts}: must be at least 0"
             )
+        deepep = self.moe_a2a_backend is A2ABackend.DEEPEP
+        if deepep and self.moe_wire_format is WireFormat.NVFP4:
+            raise ConfigError(
+                "--moe-wire-format nvfp4 with --moe-a2a-backend deepep: none or fp8 would work"
+            )
         if self.ep_size == 1:
             for flag, used in (
                 (f"--moe-a2a-backend {self.moe_a2a_backend}", self.exchanges),

@@ -292,6 +292,7 @@ class Planner:
             (
                 chain.mesh.axes,
                 chain.mesh.attn_dp,
+                chain.mesh.parallelism.ep_num_redundant_experts > 0,
                 tuple(
                     (
                         read.selects_rows,

@@ -21,7 +21,7 @@ from isomoe.blocks import (
 )
 from isomoe.errors import ConfigError
 from isomoe.layout import Chain, ExpertLocation, Mesh, Parallelism, ReadSpec, Seat
-from isomoe.stream import ResidualStream
+from isomoe.stream import Normed, ResidualStream
 
 _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _SIZES = (
@@ -236,8 +236,7 @@ class CausalLM(ABC):
             for part in layer.ffn:  # all before any is launched that others run beside
                 h.to(part.name)
             for part in layer.ffn:
-                with h.beside(part.name):
-                    stream.write(part.name, part(h.to(part.name), batch, stream))
+                stream.write(part.name, _beside(part, h, batch, stream))
         h = stream.read(self.norm, self.norm.name, rows=batch.logits_rows)
         return self.lm_head(h.to(self.lm_head.name), batch, stream)
 
@@ -306,3 +305,9 @@ class CausalLM(ABC):
             specs = tuple(part.spec for part in layer.ffn)
             yield ReadSpec(name=layer.ffn_norm.name, consumers=specs)
         yield ReadSpec(name=self.norm.name, consumers=(self.lm_head.spec,), selects_rows=True)
+
+
+def _beside(part: Block, h: Normed, batch: Batch, stream: ResidualStream) -> Tensor:
+    """What a block makes of its rows, launched where the plan says."""
+    with h.beside(part.name):
+        return part(h.to(part.name), batch, stream)

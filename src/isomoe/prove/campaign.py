@@ -104,7 +104,8 @@ def _prove_job(
     try:
         stats = Stats()
         planted = find_mutant(mutant) if mutant is not None else None
-        for part, finding in prove(_subjects(job, configs, _ways(mutant, all_paths)), planted):
+        subjects = _subjects(job, configs, _ways(mutant, all_paths))
+        for part, finding in prove(subjects, planted, fuses_all=all_paths):
             stats.add(part)
             if finding is not None:
                 return stats, finding

@@ -32,7 +32,7 @@ from isomoe.prove.world import World, found_in
 
 
 def prove(
-    subjects: Iterable[Subject], mutant: Mutant | None = None
+    subjects: Iterable[Subject], mutant: Mutant | None = None, fuses_all: bool = False
 ) -> Iterator[tuple[Stats, Finding | None]]:
     """Proves models in every regime, on layouts of as many ranks in as many attention-DP groups.
 
@@ -41,6 +41,9 @@ def prove(
     every rank, so a step that once led from a right residual to a right one does so in every
     plan. With a mutant, which may spoil either, and in some regimes alone, shares and regime count
     as parts of a step.
+
+    Args:
+        fuses_all: plan for a machine that fuses whatever it can, too; with a mutant it always is.
 
     Yields:
         What was checked since the last time, and the violation if there is one.
@@ -68,8 +71,10 @@ def prove(
                 return
         try:
             chain = models[0].chain if mutant is None else mutant.in_chain(models[0].chain)
-            stats.regimes = sum(1 for _ in _regimes(chain.mesh))
-            for choice in _choices(chain) if mutant or chain.structure not in structures else ():
+            wanted = list(_regimes(chain.mesh, fuses_all or mutant is not None))
+            stats.regimes = len(wanted)
+            new = mutant is not None or chain.structure not in structures
+            for choice in _choices(chain, wanted) if new else ():
                 key = choice.key if mutant is None else (choice.key, choice.regime, *shares.items())
                 if key not in planned:
                     plan = choice.bind()
@@ -83,10 +88,10 @@ def prove(
     yield from _run(list(waiting.values()), mutant, proven)
 
 
-def _choices(chain: Chain) -> Iterator[Choice]:
+def _choices(chain: Chain, wanted: list[tuple[Machine, Regime]]) -> Iterator[Choice]:
     """What is planned for a chain on each machine, in each regime."""
     planner = Planner(chain)
-    for machine, regime in _regimes(chain.mesh):
+    for machine, regime in wanted:
         yield planner.choose(machine, regime)
 
 
@@ -99,12 +104,12 @@ FUSES_ALL = replace(
 """A machine on which every sum that can be fused with a norm is."""
 
 
-def _regimes(mesh: Mesh) -> Iterator[tuple[Machine, Regime]]:
+def _regimes(mesh: Mesh, fuses_all: bool) -> Iterator[tuple[Machine, Regime]]:
     """What each chain is planned for."""
     for machine in MACHINES.values():
         for regime in regimes(mesh):
             yield machine, regime
-    for regime in regimes(mesh, BUCKETS[:1]):
+    for regime in regimes(mesh, BUCKETS[:1]) if fuses_all else ():
         yield FUSES_ALL, regime
 
 

@@ -6,6 +6,7 @@ are there. So shares are proven by themselves, on every layout, and moves by run
 
 from collections.abc import Callable
 from fractions import Fraction
+from random import Random
 from types import SimpleNamespace
 from typing import cast
 
@@ -17,6 +18,7 @@ from isomoe.blocks import (
     Embedding,
     ExpertWeights,
     LmHead,
+    Ownership,
     Part,
     RowLinear,
     SigmoidGate,
@@ -26,7 +28,7 @@ from isomoe.blocks import (
     runs,
 )
 from isomoe.kernels import choose
-from isomoe.layout import Letter, Mesh
+from isomoe.layout import ExpertMap, Letter, Mesh
 from isomoe.prove.provenance import LANES, Tickets, router_logits
 
 _TOKENS = 32
@@ -161,8 +163,13 @@ def _owners(group: list[Block], tickets: Tickets) -> str | None:
     weights, ids = choose(logits, blocks[0].routing)
     every = SimpleNamespace(span=lambda rank, row_axes: (0, _TOKENS))
     batch = cast(Batch, SimpleNamespace(real_rows=lambda device: None, rows=every, rank=0))
-    owners = torch.zeros_like(ids)
-    for block in {block.ownership.first: block for block in blocks}.values():
+    one_of_each = {block.ownership.first: block for block in blocks}.values()
+    ranks = [block.ownership for block in one_of_each]
+    shuffled = [Ownership(_shuffled(own.location), own.first, own.stop) for own in ranks]
+    for ownerships in (ranks, shuffled):
+        if not _serve_each_once(ownerships):
+            return "a copy of an expert is served other than once, where it is"
+    for block in one_of_each:
         found, slots = block.route(logits, batch)
         served, physical = block.choose(logits, batch, row_axes=0)
         if not torch.equal(slots, block.ownership.slots(physical)):
@@ -171,7 +178,30 @@ def _owners(group: list[Block], tickets: Tickets) -> str | None:
         right = (slots < 0) | (held[slots] == ids)
         if not (bool(right.all()) and torch.equal(found, weights) and torch.equal(served, weights)):
             return f"a rank that holds experts {block.experts.held} takes others"
-        owners += slots >= 0
-    if not bool((owners == 1).all()):
-        return "a chosen expert is served other than once"
     return None
+
+
+def _serve_each_once(ranks: list[Ownership]) -> bool:
+    """Whether every expert, in as many rows as any has copies, is found in one slot that holds it;
+    and all copies take turns."""
+    location = ranks[0].location
+    copies = [len(some) for some in location.copies]
+    ids = torch.arange(location.num_logical).repeat(max(copies), 1)
+    physical = ranks[0].copies_for(ids, first_row=0)
+    owners = torch.zeros_like(ids)
+    for own in ranks:
+        slots = own.slots(physical)
+        held = torch.tensor([*own.held, -1])
+        if not bool(((slots < 0) | (held[slots] == ids)).all()):
+            return False
+        owners += slots >= 0
+    turns = [len(set(column)) for column in physical.T.tolist()]
+    return bool((owners == 1).all()) and turns == copies
+
+
+def _shuffled(location: ExpertMap) -> ExpertMap:
+    """Another placement of as many copies, as a file may say it: in no order, copies of a few."""
+    extra = location.num_physical - location.num_logical
+    every = [*range(location.num_logical), *(index // 2 for index in range(extra))]
+    Random(location.num_physical).shuffle(every)
+    return ExpertMap(tuple(every), location.num_logical)

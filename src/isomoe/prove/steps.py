@@ -30,6 +30,7 @@ def _steps(plan: RegimePlan, shares: Mapping[str, object]) -> Iterator[object]:
     """
     world = plan.mesh.size_of(plan.mesh.attn_dp), plan.regime.equal
     inner = dict(plan.inner)
+    has_copies = plan.mesh.parallelism.ep_num_redundant_experts > 0
     axes = plan.mesh.axes
 
     def on_ranks(placement: Placement) -> object:
@@ -55,7 +56,8 @@ def _steps(plan: RegimePlan, shares: Mapping[str, object]) -> Iterator[object]:
                 moved(d.route.moves),
                 on_ranks(d.needs),
                 on_ranks(d.gives),
-                inner.get(d.consumer) and (plan.kinds[d.consumer], moved(inner[d.consumer])),
+                inner.get(d.consumer)
+                and (plan.kinds[d.consumer], moved(inner[d.consumer]), has_copies),
                 shares.get(d.consumer),
             )
             for d in read.deliveries
