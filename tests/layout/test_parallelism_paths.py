@@ -15,7 +15,8 @@ def every_way() -> Iterator[Parallelism]:
     for (tp, dp, ep), backend, form, redundant in product(
         [(1, 1, 1), (2, 2, 1), (2, 2, 2), (4, 2, 4), (6, 3, 2)], A2ABackend, WireFormat, (0, 2, 12)
     ):
-        if ep > 1 or (backend is A2ABackend.NONE and not redundant):
+        refused = (backend, form) == (A2ABackend.DEEPEP, WireFormat.NVFP4)
+        if not refused and (ep > 1 or (backend is A2ABackend.NONE and not redundant)):
             yield Parallelism(
                 tp_size=tp,
                 attn_dp_size=dp,
@@ -31,6 +32,11 @@ def test_the_shorthand_is_read_as_it_is_printed_and_tells_all_ways_apart() -> No
     for one in every:
         assert Parallelism.parse(str(one)) == one
     assert len({str(one) for one in every}) == len({one.flags for one in every}) == len(every) > 40
+
+
+def test_deepep_takes_no_nvfp4() -> None:
+    with pytest.raises(ConfigError, match="none or fp8 would work"):
+        Parallelism.parse("tp2,ep2,deepep,nvfp4")
 
 
 def test_what_the_shorthand_and_the_flags_look_like() -> None:
