@@ -5,20 +5,15 @@ and the moves together. What it picks depends on how many rows a step has and on
 attention-DP group has the same number: one regime each.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from itertools import count, pairwise, product
-from math import inf, prod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
 from operator import add
 from typing import NamedTuple
 
-from isomoe.errors import PlacementError
 from isomoe.layout.chain import BlockSpec, Chain, Variant
-from isomoe.layout.cost import CostModel, Machine
-from isomoe.layout.mesh import Mesh
-from isomoe.layout.moves import Move, chains_from, cheapest, sums_into, unreachable
-from isomoe.layout.parallelism import Parallelism
+from isomoe.layout.cost import Machine
+from isomoe.layout.moves import Move
 from isomoe.layout.placement import Letter, Placement
 from isomoe.layout.plan import (
     Delivery,
@@ -31,6 +26,7 @@ from isomoe.layout.plan import (
     regimes,
     residual_placements,
 )
+from isomoe.layout.routes import Found, Item, Routes, number_of, routes_of
 
 
 def make_plan(chain: Chain, machine: Machine, wanted: Sequence[Regime] | None = None) -> Plan:
@@ -50,141 +46,6 @@ def make_plan(chain: Chain, machine: Machine, wanted: Sequence[Regime] | None = 
 
 _State = tuple[Placement | None, tuple[Variant, ...]]
 """After a read: the residual's placement (None before the first) and each consumer's variant."""
-
-
-_Pair = tuple[Placement, Placement]
-"""(before, after)."""
-
-_Item = _Pair | Move
-"""What has a price: a way between two placements, or a move inside a block."""
-
-_Found = tuple[float, tuple[Move, ...], int]
-"""Microseconds, the moves, and their number."""
-
-
-@cache
-def _number(thing: object) -> int:
-    """A number of its own for each distinct thing: compares faster than the thing.
-
-    Kept for the life of the process, so that planners of different chains agree: one plan has some
-    tens of things, a proof of all models some thousands.
-    """
-    return next(_NUMBERS)
-
-
-_NUMBERS = count()
-
-
-class _Routes:
-    """The cheapest routes between placements in one regime; the same for all models of a width."""
-
-    def __init__(self, cost: CostModel, regime: Regime) -> None:
-        self._cost = cost
-        self._regime = regime
-        self._found: dict[_Item, _Found] = {}
-        self._fused: dict[_Pair, _Found | None] = {}
-        self._search: dict[Placement, Iterator[tuple[Placement, float, tuple[Move, ...]]]] = {}
-        self._routes: dict[_Pair, Route] = {}
-        self._prices: dict[Move, float] = {}
-
-    def cheapest(self, item: _Item) -> _Found:
-        """The cheapest way of an item.
-
-        Raises:
-            PlacementError: if there is none.
-        """
-        if item in self._found:
-            return self._found[item]
-        if isinstance(item, Move):
-            self._found[item] = self._price(item), (item,), _number((item,))
-            return self._found[item]
-        before, after = item
-        if before not in self._search:
-            self._search[before] = chains_from(before, self._price)
-        while item not in self._found:  # one search serves all that lie on its way
-            reached = next(self._search[before], None)
-            if reached is None:
-                raise unreachable(before, after)
-            here, us, moves = reached
-            self._found[before, here] = us, moves, _number(moves)
-        return self._found[item]
-
-    def fused(self, pair: _Pair) -> _Found | None:
-        """The cheapest way that ends with a sum in one operation with the norm, if one does."""
-        if pair not in self._fused:
-            before, after = pair
-            best = None
-            for last in sums_into(after):
-                end = self._cost.fused_microseconds(last, self._regime.rows, self._regime.equal)
-                if end == inf:
-                    continue
-                try:
-                    us, moves, _ = self.cheapest((before, last.before))
-                except PlacementError:
-                    continue
-                if best is None or us + end < best[0]:
-                    best = us + end, (*moves, last), _number((*moves, last, "fused"))
-            self._fused[pair] = best
-        return self._fused[pair]
-
-    def saved(self, pair: _Pair) -> float:
-        """Microseconds that fusing the last sum saves; 0 if it saves nothing."""
-        fused = self.fused(pair)
-        return 0.0 if fused is None else max(0.0, self.cheapest(pair)[0] - fused[0])
-
-    @property
-    def runs_beside(self) -> bool:
-        """Whether a second stream pays in steps of so many rows."""
-        return self._regime.rows <= self._cost.machine.second_stream_rows
-
-    @property
-    def has_fused(self) -> bool:
-        """Whether there is any fused sum on this machine."""
-        return self._cost.machine.fused is not None
-
-    def between(self, before: Placement, after: Placement) -> Route:
-        """The cheapest route, and the one that it beat.
-
-        Raises:
-            PlacementError: if there is none.
-        """
-        key = (before, after)
-        if key not in self._routes:
-            us, moves, _ = self.cheapest(key)
-            beats = None
-            if moves:
-                try:
-                    other_us, other = cheapest(before, after, self._price, avoid=moves[0])
-                    beats = self._route(other, other_us, None)
-                except PlacementError:
-                    beats = None
-            self._routes[key] = self._route(moves, us, beats)
-        return self._routes[key]
-
-    def fused_between(self, before: Placement, after: Placement) -> Route:
-        """The cheapest route with a fused sum at its end; it beat that without."""
-        fused = self.fused((before, after))
-        assert fused is not None
-        us, moves, _ = fused
-        return replace(self._route(moves, us, self.between(before, after)), fused=True)
-
-    def _route(self, moves: tuple[Move, ...], us: float, beats: Route | None) -> Route:
-        sent = sum(self._cost.sent_bytes_per_row(move) for move in moves)
-        return Route(moves=moves, sent_bytes_per_row=sent, predicted_us=us, beats=beats)
-
-    def _price(self, move: Move) -> float:
-        price = self._prices.get(move)
-        if price is None:
-            regime = self._regime
-            price = self._cost.microseconds(move, regime.rows, regime.equal)
-            self._prices[move] = price
-        return price
-
-
-@lru_cache(maxsize=1024)
-def _routes(machine: Machine, axes: tuple[int, ...], row_values: int, regime: Regime) -> _Routes:
-    ranks = Mesh(axes=axes, parallelism=Parallelism(tp_size=prod(axes)))
-    return _Routes(CostModel(machine=machine, mesh=ranks, row_values=row_values), regime)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +87,7 @@ class _Steps:
         self,
         old: list[_State],
         new: list[_State],
-        number: Callable[[_Item], int],
+        number: Callable[[Item], int],
         add: Callable[[_Sum], int],
     ) -> None:
         self.settles: dict[Placement, list[int]] = {}
@@ -234,7 +95,7 @@ class _Steps:
         for residual, variants in new:
             assert residual is not None
             needs = dict.fromkeys(v.needs for v in variants if v.needs is not None)
-            items: list[_Item] = [(residual, need) for need in needs]
+            items: list[Item] = [(residual, need) for need in needs]
             # A block's own features take the same, whatever is chosen.
             items += [m for v in variants for m in v.inner if Letter.C not in m.before + m.after]
             self.deliveries.append((residual, add(_Sum(tuple(map(number, items))))))
@@ -248,7 +109,7 @@ def _settled(
     residual: Placement,
     carried: Placement | None,
     written: tuple[Variant, ...],
-    number: Callable[[_Item], int],
+    number: Callable[[Item], int],
 ) -> _Sum:
     addends = tuple(number((gives, residual)) for gives in dict.fromkeys(v.gives for v in written))
     if carried is None:  # there is nothing to add to
@@ -270,7 +131,7 @@ class Planner:
         self.chain = chain
         if residuals is None:
             residuals = residual_placements(chain.mesh)
-        self._items: dict[_Item, int] = {}
+        self._items: dict[Item, int] = {}
         self._sums: dict[_Sum, int] = {}
         kinds: dict[object, list[_State]] = {}
         self._states: list[list[_State]] = [[(None, (v,)) for v in chain.embedding.variants]]
@@ -288,7 +149,7 @@ class Planner:
             self._steps.append(steps[key])
         self._by_number = list(self._sums)
         self._paths: dict[tuple[int, ...], tuple[object, tuple[int, ...], tuple[int, ...]]] = {}
-        self._kind = _number(
+        self._kind = number_of(
             (
                 chain.mesh.axes,
                 chain.mesh.attn_dp,
@@ -309,7 +170,7 @@ class Planner:
         Raises:
             PlacementError: if a placement that a block declares cannot be reached, or left.
         """
-        routes = _routes(machine, self.chain.mesh.axes, self.chain.hidden_size, regime)
+        routes = routes_of(machine, self.chain.mesh.axes, self.chain.hidden_size, regime)
         found = [routes.cheapest(item) for item in self._items]
         us = [price for price, _, _ in found]
         fuses = self._fusing(routes)
@@ -329,13 +190,13 @@ class Planner:
         )
         return Choice(regime=regime, key=key, bind=lambda: self._bind(regime, routes, path, total))
 
-    def _number_of(self, item: _Item) -> int:
+    def _number_of(self, item: Item) -> int:
         return self._items.setdefault(item, len(self._items))
 
     def _sum_of(self, one: _Sum) -> int:
         return self._sums.setdefault(one, len(self._sums))
 
-    def _fusing(self, routes: _Routes) -> dict[int, tuple[float, int, int]]:
+    def _fusing(self, routes: Routes) -> dict[int, tuple[float, int, int]]:
         """Of the sums that gain by it: microseconds saved, by which item, and the number of its
         fused route."""
         if not routes.has_fused:
@@ -352,7 +213,7 @@ class Planner:
         return fuses
 
     def _number_along(
-        self, settled: int, found: list[_Found], fuses: dict[int, tuple[float, int, int]]
+        self, settled: int, found: list[Found], fuses: dict[int, tuple[float, int, int]]
     ) -> tuple[int, ...]:
         """The numbers of the routes that a settle takes."""
         _, fused, number = fuses.get(settled, (0.0, None, 0))
@@ -400,12 +261,12 @@ class Planner:
             residual, delivery = step.deliveries[new]
             settled[step.settles[residual][old]] = None
             delivered |= dict.fromkeys(self._by_number[delivery].items)
-        return _number(tuple(states)), tuple(delivered), tuple(settled)
+        return number_of(tuple(states)), tuple(delivered), tuple(settled)
 
     def _bind(
         self,
         regime: Regime,
-        routes: _Routes,
+        routes: Routes,
         path: tuple[int, ...],
         total: float,
     ) -> RegimePlan:
