@@ -331,6 +331,7 @@ def test_a_plan_of_another_layout_is_refused_before_any_worker_starts(
     [
         ({"physical_to_logical_map": [[0] * 16] * 4}, GROUPS, "15 are not among the 16 physical"),
         ({"physical_to_logical_map": [list(range(16))] * 3}, GROUPS, "none for layer 3"),
+        ({"physical_to_logical_map": [list(range(16))] * 5}, GROUPS, "has 5 rows; the model has 4"),
         ({"logical_count": [[1] * 15] * 4}, GROUPS, "has 15 counts"),
         ({"logical_count": [[1] * 16] * 4}, {"tp_size": 2}, "--ep-size above 1"),
         ("{", GROUPS, "not readable as JSON"),

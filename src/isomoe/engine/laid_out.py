@@ -5,8 +5,9 @@ from pathlib import Path
 from isomoe.comm.deepep import check_available
 from isomoe.config import EngineConfig
 from isomoe.engine.model_info import ModelInfo
+from isomoe.errors import ConfigError
 from isomoe.layout import MACHINES, A2ABackend, Chain, ExpertLocation, Plan, make_plan, read_pinned
-from isomoe.models import CausalLM, build
+from isomoe.models import CausalLM, build, family_of
 
 
 def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
@@ -23,6 +24,12 @@ def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
     if config.init_expert_location is not None:
         file = Path(config.init_expert_location)
         location = ExpertLocation.load(file, layout.ep_num_redundant_experts, layout.ep_size)
+        layers = family_of(info.hf_config).num_layers(info.hf_config)
+        if location.num_layers > layers:  # of another model; too few are met layer by layer
+            raise ConfigError(
+                f"--init-expert-location {file}: has {location.num_layers} rows; the model has "
+                f"{layers} decoder layers, and needs as many"
+            )
     return build(info.hf_config, layout, rank, location=location)
 
 

@@ -109,10 +109,14 @@ class Mesh:
         """Axes along which the lm_head's vocabulary is sharded."""
         return self._minor(self.parallelism.lm_tp)
 
-    def widest(self, size: int) -> Axes:
-        """The longest run of minor axes over which `size` things split evenly."""
+    def shared_expert(self, width: int) -> Axes:
+        """Axes along which a shared expert's width is sharded: the longest run of minor ones that
+        divides it. None where rows choose experts before they travel: it then takes a rank's own.
+        """
+        if self.parallelism.routes_locally:
+            return ()
         runs = (self.all[first:] for first in range(len(self.axes) + 1))
-        return next(run for run in runs if size % self.size_of(run) == 0)
+        return next(run for run in runs if width % self.size_of(run) == 0)
 
     def size_of(self, axes: Axes) -> int:
         """Ranks in a group over `axes`."""

@@ -203,13 +203,12 @@ class CausalLM(ABC):
         where the routed experts do and its addend joins theirs, so that it moves nothing and no
         rank reads more of it than it must. Over fewer, the plan chooses which rows a rank takes.
         """
-        mesh = self.seat.mesh
         return GatedMLP(
             self.seat,
             at,
             hidden_size=self.config["hidden_size"],
             intermediate_size=width,
-            axes=() if mesh.parallelism.routes_locally else mesh.widest(width),
+            axes=self.seat.mesh.shared_expert(width),
             kind="shared expert",
             beside=True,
             **options,
