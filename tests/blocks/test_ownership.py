@@ -43,7 +43,7 @@ def as_ids(rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.int64) -> t
     return torch.tensor(rows, dtype=dtype).view(len(rows), -1 if rows else 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_each_choice_of_a_row_is_served_by_one_rank_that_holds_it(data: st.DataObject) -> None:
     location, ranks = data.draw(maps())
@@ -77,7 +77,7 @@ def test_each_choice_of_a_row_is_served_by_one_rank_that_holds_it(data: st.DataO
     assert set(others) <= {-1}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_the_copies_of_an_expert_take_turns(data: st.DataObject) -> None:
     """Rows that follow one another and choose an expert are shared out evenly, to within one."""
@@ -92,7 +92,7 @@ def test_the_copies_of_an_expert_take_turns(data: st.DataObject) -> None:
     assert max(each) - min(each) <= 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_part_of_the_rows_is_served_as_all_of_them_are(data: st.DataObject) -> None:
     """A rank with some rows sends them where one that has all of them would serve them."""
@@ -121,7 +121,7 @@ def test_experts_in_order_are_their_own_copies() -> None:
     assert own.held == (2, 3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_the_load_of_all_ranks_is_what_was_chosen(data: st.DataObject) -> None:
     location, ranks = data.draw(maps())

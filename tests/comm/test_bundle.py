@@ -62,7 +62,7 @@ def tensors(draw: st.DrawFn, rows: int) -> Tensor:
     return noise((rows, *shape), dtype, seed)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_what_is_joined_comes_apart_again(data: st.DataObject) -> None:
     rows = data.draw(st.integers(0, 4))

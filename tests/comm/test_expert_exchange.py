@@ -206,7 +206,7 @@ def check_sent(case: Case, log: list[Sent]) -> list[int]:
     return sent
 
 
-@settings(max_examples=150, deadline=None)  # no deadline: the machine is shared
+@settings(max_examples=150)
 @given(st.data())
 def test_what_arrives_and_comes_back_is_what_lists_say(data: st.DataObject) -> None:
     mesh, axes = data.draw(st.sampled_from(GROUPS))

@@ -7,7 +7,7 @@ it: slow, and with no state that could be wrong.
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from isomoe.engine import Delta, FinishReason, Request, SamplingParams, TokenLogprob, Update
@@ -66,7 +66,6 @@ def expected(
 TEXTS = st.text(st.sampled_from("ab 1\né€漢🙂"), max_size=30)
 
 
-@settings(deadline=None)
 @given(
     text=TEXTS,
     stops=st.lists(st.text(st.sampled_from("ab 1é"), min_size=1, max_size=4), max_size=3),

@@ -239,7 +239,7 @@ PROMPTS = st.tuples(st.sampled_from((0, 4, 9, 16)), TAILS).map(
 ARRIVALS = st.tuples(PROMPTS, st.integers(0, 24), st.none() | st.integers(0, 12))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     groups=st.integers(1, 3),
     pages=st.integers(13, 30),

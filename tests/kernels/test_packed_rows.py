@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -298,7 +298,6 @@ def test_nvfp4_refuses_a_run_that_is_cut_off() -> None:
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(FINITE, min_size=16, max_size=16), min_size=1, max_size=9))
 def test_any_finite_row(runs: list[list[float]]) -> None:
     x = torch.tensor(runs).reshape(1, -1)
@@ -306,7 +305,6 @@ def test_any_finite_row(runs: list[list[float]]) -> None:
     check_nvfp4(x)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(-8, 8, width=16), min_size=48, max_size=48),
     st.integers(-60, 60),

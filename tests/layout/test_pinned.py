@@ -599,7 +599,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_an_edited_document_is_a_right_plan_or_refused(data: st.DataObject) -> None:
     chain, document = data.draw(st.sampled_from([(CHAIN, DOCUMENT), (A2A, A2A_DOCUMENT)]))

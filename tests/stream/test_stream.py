@@ -130,7 +130,7 @@ class Square:
 norm = Square()
 
 
-@settings(max_examples=150, deadline=None)  # no deadline: the machine is shared
+@settings(max_examples=150)
 @given(st.data())
 def test_every_block_sees_the_norm_of_everything_written_before(data: st.DataObject) -> None:
     mesh = data.draw(st.sampled_from(MESHES))

@@ -124,7 +124,7 @@ def test_extremes() -> None:
     check(x)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=32, max_size=32)
 )
