@@ -20,7 +20,8 @@ from isomoe.engine import LLM, RequestOutput, SamplingParams
 from isomoe.engine.laid_out import laid_out
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.processes import ProcessExecutor
-from isomoe.errors import ConfigError, IsomoeError
+from isomoe.engine.step import Step
+from isomoe.errors import ConfigError, EngineDeadError, IsomoeError
 from isomoe.layout import Chain, Parallelism
 from isomoe.models import CausalLM
 from isomoe.stream import ResidualStream
@@ -131,6 +132,29 @@ def test_a_layout_gives_and_counts_what_one_rank_does(
         assert llm.expert_load() == chosen
         # One request leaves the other attention group without rows.
         same(llm.generate(prompts()[3:4], PARAMS), expected["none"][3:4])
+
+
+def test_the_load_can_be_read_while_a_step_is_under_way(
+    expected: dict[str, list[RequestOutput]], chosen: Load
+) -> None:
+    """It counts, and its answer, which may come first, is not lost."""
+    with engine(record_expert_load=True, **GROUPS) as llm:
+        core = llm.core
+        read, launch = core.expert_load, core.executor.launch
+        loads: list[Load] = []
+
+        def launch_and_read(step: Step) -> None:
+            launch(step)
+            loads.append(read())
+
+        core.executor.launch = launch_and_read  # type: ignore[method-assign]
+        same(llm.generate(prompts(), PARAMS), expected["none"])
+        sums = [sum(layer) for load in loads for layer in load]
+        assert sums == sorted(sums)
+        assert sums[0] > 0
+        assert loads[-1] == read() == chosen
+    with pytest.raises(EngineDeadError, match="was shut down"):
+        read()
 
 
 FORMATTED = [

@@ -20,7 +20,7 @@ from isomoe.engine.outputs import Update
 from isomoe.engine.processes import ProcessExecutor
 from isomoe.engine.scheduler import Limits, Scheduler
 from isomoe.engine.step import MAX_SCORED_ROWS, GroupOutput, Request, Step
-from isomoe.errors import ConfigError, RequestError
+from isomoe.errors import ConfigError
 from isomoe.layout import Op
 from isomoe.models import CausalLM, family_of
 
@@ -109,16 +109,14 @@ class EngineCore:
     def expert_load(self) -> list[list[int]]:
         """How often each expert was chosen so far: [layers][E], empty for a layer without experts.
 
+        Steps under way count; it waits for them.
+
         Raises:
             ConfigError: if it is not recorded.
-            RequestError: while requests run.
+            EngineDeadError: if a worker failed; nothing can be run afterwards.
         """
-        if self.scheduler.has_work:
-            raise RequestError("the experts' load can be read when no request is running")
         if not self.config.record_expert_load:
             raise ConfigError("the experts' load is not recorded; record_expert_load=True does it")
-        while self._under_way:
-            self.step()
         total: dict[int, list[int]] = {}
         for found in self.executor.expert_load():
             for layer, counts in found.items():

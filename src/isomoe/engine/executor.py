@@ -56,10 +56,10 @@ class Executor(ABC):
 
     @abstractmethod
     def expert_load(self) -> list[ExpertLoad]:
-        """What each rank has counted. No step may be under way.
+        """What each rank has counted, in every step that was launched.
 
         Raises:
-            EngineDeadError: if a rank fails.
+            EngineDeadError: if a rank fails; nothing can be run afterwards.
         """
 
     @property
@@ -118,7 +118,8 @@ class LocalExecutor(Executor):
 
     def expert_load(self) -> list[ExpertLoad]:
         """What the one rank has counted."""
-        return [self._alive().expert_load()]
+        worker = self._alive()
+        return [self._checked(worker.expert_load)]
 
     def _checked(self, call: Callable[[], T]) -> T:
         try:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -49,13 +49,14 @@ class _Rank:
     """The parent's end of one worker.
 
     Attributes:
-        said: messages that nobody has taken yet: a rank may be a step ahead of another.
+        said: messages that nobody has taken yet, by their kind: a rank may be a step ahead of
+            another, and be asked for something else before its answer to a step is taken.
     """
 
     rank: int
     process: subprocess.Popen[bytes]
     pipe: Connection
-    said: deque[Any] = field(default_factory=deque)
+    said: defaultdict[type, deque[Any]] = field(default_factory=lambda: defaultdict(deque))
     failure: Failure | None = None
 
 
@@ -136,6 +137,8 @@ class ProcessExecutor(Executor):
 
     def expert_load(self) -> list[ExpertLoad]:
         """What each rank has counted."""
+        if not self._end.alive:
+            raise EngineDeadError(self._over)
         self._send(self._ranks, CountExperts())
         return [found.load for found in self._collect(self._ranks, ExpertsCounted)]
 
@@ -162,9 +165,9 @@ class ProcessExecutor(Executor):
     ) -> list[Any]:
         """One message of `kind` from each of `ranks`, in their order."""
         loading = kind is Loaded
-        while silent := [rank for rank in ranks if not rank.said]:
+        while silent := [rank for rank in ranks if not rank.said[kind]]:
             # Loading and capturing take as long as they take.
-            watched = self._watchdog_seconds if kind is GroupOutput else None
+            watched = None if kind in (Loaded, CacheReady) else self._watchdog_seconds
             ready = self._selector.select(watched)
             if not ready:
                 self._give_up(silent)
@@ -177,9 +180,10 @@ class ProcessExecutor(Executor):
                         if progress is not None:
                             progress(done, total)
                     case message:
-                        assert isinstance(message, kind), f"rank {rank.rank} sent {message}"
-                        rank.said.append(message)
-        return [rank.said.popleft() for rank in ranks]
+                        expected = isinstance(message, (kind, GroupOutput))
+                        assert expected, f"rank {rank.rank} sent {message}"
+                        rank.said[type(message)].append(message)
+        return [rank.said[kind].popleft() for rank in ranks]
 
     def _give_up(self, silent: list[_Rank]) -> NoReturn:
         """Ends everything because ranks do not answer."""

@@ -87,7 +87,7 @@ def _serve(pipe: Connection) -> None:
                 worker.allocate_cache(num_pages, graph_rows)
                 _send(pipe, CacheReady())
             case CountExperts():
-                _send(pipe, ExpertsCounted(load=worker.expert_load()))
+                outbox.put(ExpertsCounted(load=worker.expert_load()))
             case Stop():
                 return
 
