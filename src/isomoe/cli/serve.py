@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from isomoe.cli.options import add_engine_options, engine_config_from
@@ -90,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long open requests may go on after SIGTERM or Ctrl-C (default: %(default)g)",
     )
     group.add_argument(
+        "--record-expert-load",
+        action="store_true",
+        help="count how often each expert is chosen; /dump_expert_distribution_record gives it, "
+        "as --init-expert-location takes it",
+    )
+    group.add_argument(
         "--log-requests",
         action="store_true",
         help="log bodies and outputs too, beside one line a request",
@@ -104,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     config = ServerConfig(
-        engine=engine_config_from(args),
+        engine=replace(engine_config_from(args), record_expert_load=args.record_expert_load),
         host=args.host,
         port=args.port,
         api_key=os.environ.get("ISOMOE_API_KEY") if args.api_key is None else args.api_key,

@@ -153,6 +153,11 @@ class CausalLM(ABC):
         return True
 
     @classmethod
+    def has_sparse(cls, config: HFConfig) -> bool:
+        """Whether any layer has routed experts."""
+        return any(cls.is_sparse(config, index) for index in range(cls.num_layers(config)))
+
+    @classmethod
     def has_dense(cls, config: HFConfig) -> bool:
         """Whether any layer has a dense FFN instead."""
         return not all(cls.is_sparse(config, index) for index in range(cls.num_layers(config)))

@@ -22,18 +22,23 @@ from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.outputs import Delta
 from isomoe.engine.reply import Reply
 from isomoe.errors import ConfigError, EngineDeadError, IsomoeError, RequestError
+from isomoe.models import family_of
 from isomoe.server.config import SamplingDefaults, ServerConfig
 from isomoe.server.engine_link import LOOK_MS, EngineLink
 from isomoe.server.messages import (
     CacheFlushed,
     Cancel,
     EngineState,
+    ExpertLoad,
     FlushCache,
     FromEngine,
+    GetExpertLoad,
     GetState,
     Ready,
+    StartExpertRecord,
     StepResult,
     StepStats,
+    StopExpertRecord,
     Submit,
     ToEngine,
 )
@@ -91,6 +96,7 @@ class AsyncEngine:
         self._token_texts: dict[int, str] = {}
         self._states: list[asyncio.Future[EngineState]] = []
         self._flushes: list[asyncio.Future[bool]] = []
+        self._loads: list[asyncio.Future[list[list[int]]]] = []
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "tokenizer")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = Event()
@@ -177,6 +183,8 @@ class AsyncEngine:
         else:
             await self._answer_once(params)
         self.metrics = Metrics()
+        if self.config.engine.record_expert_load:
+            await self.start_expert_record()
 
     async def _answer_once(self, params: SamplingParams) -> None:
         """One request for each attention-DP group; they go to the least loaded."""
@@ -294,6 +302,40 @@ class AsyncEngine:
     async def state(self) -> EngineState:
         """The engine between two steps."""
         return await self._ask(GetState(), self._states)
+
+    async def start_expert_record(self) -> None:
+        """Records the experts' load from now on; what was recorded before is forgotten.
+
+        Raises:
+            RequestError: if this server does not record it.
+        """
+        await self._ask_of_experts(StartExpertRecord())
+
+    async def stop_expert_record(self) -> None:
+        """Ends the record, which can still be asked for.
+
+        Raises:
+            RequestError: if this server does not record it.
+        """
+        await self._ask_of_experts(StopExpertRecord())
+
+    async def expert_load(self) -> list[list[int]]:
+        """How often each expert was chosen in the record: [layers][E].
+
+        Raises:
+            RequestError: if this server does not record it.
+        """
+        return await self._ask_of_experts(GetExpertLoad())
+
+    async def _ask_of_experts(self, question: ToEngine) -> list[list[int]]:
+        hf_config = self.info.hf_config
+        if not family_of(hf_config).has_sparse(hf_config):
+            raise RequestError("the model has no routed experts whose load could be recorded")
+        if not self.config.engine.record_expert_load:
+            raise RequestError(
+                "the experts' load is not recorded; isomoe serve --record-expert-load does it"
+            )
+        return await self._ask(question, self._loads)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self._intake.encode(prompt) if isinstance(prompt, str) else prompt
@@ -443,6 +485,8 @@ class AsyncEngine:
                 _give(self._states, message)
             case CacheFlushed(done=done):
                 _give(self._flushes, done)
+            case ExpertLoad(counts=counts):
+                _give(self._loads, counts)
             case _:
                 raise AssertionError(f"the engine sent {message}")
 
@@ -451,7 +495,7 @@ class AsyncEngine:
         error = EngineDeadError(reason)
         for opened in list(self._open.values()):
             self._drop(opened, "error", error)
-        askers: tuple[asyncio.Future[Any], ...] = (*self._states, *self._flushes)
+        askers: tuple[asyncio.Future[Any], ...] = (*self._states, *self._flushes, *self._loads)
         for asker in askers:
             if not asker.done():
                 asker.set_exception(error)

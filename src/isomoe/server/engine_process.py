@@ -15,19 +15,24 @@ from isomoe.engine import EngineCore
 from isomoe.engine.step import Step
 from isomoe.errors import IsomoeError
 from isomoe.layout import Move, Op, Plan, RegimePlan
+from isomoe.server.expert_record import ExpertRecord
 from isomoe.server.messages import (
     CacheFlushed,
     Cancel,
     EngineState,
+    ExpertLoad,
     Failed,
     FlushCache,
     FromEngine,
+    GetExpertLoad,
     GetState,
     Launch,
     LoadProgress,
     Ready,
+    StartExpertRecord,
     StepResult,
     StepStats,
+    StopExpertRecord,
     Submit,
     ToEngine,
 )
@@ -103,11 +108,12 @@ def _run(channel: _Channel) -> None:
             )
         )
         collectives = _CollectiveRows(core.plan)
+        record = ExpertRecord(core.expert_load)
         gc.freeze()  # what is loaded stays, and need not be looked through again
         messages = early
         while True:
             for message in messages:
-                _obey(message, core, channel)
+                _obey(message, core, record, channel)
             if core.has_work:
                 began = time.monotonic()
                 updates = core.step()
@@ -123,7 +129,7 @@ def _run(channel: _Channel) -> None:
         core.shutdown()
 
 
-def _obey(message: Any, core: EngineCore, channel: _Channel) -> None:
+def _obey(message: Any, core: EngineCore, record: ExpertRecord, channel: _Channel) -> None:
     match message:
         case Submit(request=request):
             core.add(request)
@@ -140,6 +146,14 @@ def _obey(message: Any, core: EngineCore, channel: _Channel) -> None:
             )
         case FlushCache():
             channel.send(CacheFlushed(done=core.scheduler.flush_cache()))
+        case StartExpertRecord():
+            record.start()
+            channel.send(ExpertLoad(record.load()))
+        case StopExpertRecord():
+            record.stop()
+            channel.send(ExpertLoad(record.load()))
+        case GetExpertLoad():
+            channel.send(ExpertLoad(record.load()))
         case _:
             raise AssertionError(f"the front end sent {message}")
 

@@ -35,7 +35,28 @@ class GetState(Struct, tag=True, frozen=True):
     """Asks for the `EngineState`."""
 
 
-ToEngine = Launch | Submit | Cancel | FlushCache | GetState
+class StartExpertRecord(Struct, tag=True, frozen=True):
+    """Asks to record the experts' load from now on; answered by its `ExpertLoad`."""
+
+
+class StopExpertRecord(Struct, tag=True, frozen=True):
+    """Asks to end the record; answered by its `ExpertLoad`."""
+
+
+class GetExpertLoad(Struct, tag=True, frozen=True):
+    """Asks for the `ExpertLoad` of the record."""
+
+
+ToEngine = (
+    Launch
+    | Submit
+    | Cancel
+    | FlushCache
+    | GetState
+    | StartExpertRecord
+    | StopExpertRecord
+    | GetExpertLoad
+)
 
 
 class LoadProgress(Struct, tag=True, frozen=True):
@@ -104,6 +125,16 @@ class CacheFlushed(Struct, tag=True, frozen=True):
     done: bool
 
 
+class ExpertLoad(Struct, tag=True, frozen=True):
+    """What was recorded.
+
+    Attributes:
+        counts: how often each expert was chosen: [layers][E], empty for a layer without experts.
+    """
+
+    counts: list[list[int]]
+
+
 class Failed(Struct, tag=True, frozen=True):
     """The engine process ends.
 
@@ -116,4 +147,4 @@ class Failed(Struct, tag=True, frozen=True):
     message: str
 
 
-FromEngine = LoadProgress | Ready | StepResult | EngineState | CacheFlushed | Failed
+FromEngine = LoadProgress | Ready | StepResult | EngineState | CacheFlushed | ExpertLoad | Failed

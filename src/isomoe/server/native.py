@@ -27,9 +27,10 @@ _STATE_SECONDS = 1.0
 
 
 def native_router(engine: AsyncEngine) -> APIRouter:
-    """The endpoints: generation, health, information, the cache, tokens, metrics."""
+    """The endpoints: generation, health, information, the cache, experts, tokens, metrics."""
     router = json_router()
     _add_generation(router, engine)
+    _add_expert_record(router, engine)
     _add_health(router, engine)
     _add_information(router, engine)
     _add_tokens(router, engine)
@@ -68,6 +69,28 @@ def _add_generation(router: APIRouter, engine: AsyncEngine) -> None:
         if not await engine.flush_cache():
             raise RequestError("the cache is not flushed while requests are running or waiting")
         return PlainTextResponse("Cache flushed.\n")
+
+
+def _add_expert_record(router: APIRouter, engine: AsyncEngine) -> None:
+    @router.get("/start_expert_distribution_record")
+    @router.post("/start_expert_distribution_record")
+    async def start_expert_distribution_record() -> Response:
+        """Records how often each expert is chosen, from now on."""
+        await engine.start_expert_record()
+        return PlainTextResponse("Start recording the expert distribution.\n")
+
+    @router.get("/stop_expert_distribution_record")
+    @router.post("/stop_expert_distribution_record")
+    async def stop_expert_distribution_record() -> Response:
+        """Ends the record; it can still be dumped."""
+        await engine.stop_expert_record()
+        return PlainTextResponse("Stop recording the expert distribution.\n")
+
+    @router.get("/dump_expert_distribution_record")
+    @router.post("/dump_expert_distribution_record")
+    async def dump_expert_distribution_record() -> Json:
+        """The record, as `--init-expert-location` takes it."""
+        return Json({"logical_count": await engine.expert_load()})
 
 
 def _add_health(router: APIRouter, engine: AsyncEngine) -> None:
