@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from isomoe.comm import CommExchange, Communicator, ExpertExchange, RoutedRows, SimWorld
-from isomoe.comm.deepep import DeepEpExchange, DeepEpMode, check_available, open_exchange
+from isomoe.comm.deepep import (
+    DeepEpExchange,
+    DeepEpMode,
+    DeepEpSettings,
+    check_available,
+    open_deepep,
+)
 from isomoe.errors import ConfigError
 from isomoe.layout import (
     A2ABackend,
@@ -360,14 +366,13 @@ def there_and_back(
 
 def opened(comm: Communicator, case: Case, **changes: Any) -> DeepEpExchange:
     group: Any = Group(comm, comm.seat.mesh.moe_ep)
-    settings: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "top_k": case.top_k,
-        "per_rank": case.per_rank,
-        "max_rows": MAX_ROWS,
-        "form": WireFormat.FP8 if case.fp8 else WireFormat.NONE,
-    }
-    return DeepEpExchange(group, **(settings | changes))
+    form = WireFormat.FP8 if case.fp8 else WireFormat.NONE
+    return DeepEpExchange(group, settings(top_k=case.top_k, form=form, **changes), case.per_rank)
+
+
+def settings(**changes: Any) -> DeepEpSettings:
+    usual: dict[str, Any] = {"hidden_size": HIDDEN, "top_k": 2, "max_rows": MAX_ROWS}
+    return DeepEpSettings(**(usual | changes))
 
 
 def world(ranks: int, ep_size: int, dp_size: int = 1) -> SimWorld:
@@ -432,14 +437,12 @@ def test_auto_takes_low_latency_where_no_rank_has_many_rows(deep_ep: ModuleType)
 
 
 def test_the_buffer_is_as_large_as_its_modes_need(deep_ep: ModuleType) -> None:
-    case = Case([1], per_rank=32, top_k=8)
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 8)
     nvlink, low = 3 * 2 * HIDDEN * 8, 2 * MAX_ROWS * HIDDEN * 8 * 32
 
-    def sizes(members: int, **changes: Any) -> tuple[int, int, bool, int]:
+    def sizes(members: int, per_rank: int = 32, **changes: Any) -> tuple[int, int, bool, int]:
         group.size = lambda: members
-        settings: dict[str, Any] = {"hidden_size": HIDDEN, "top_k": case.top_k, "per_rank": 32}
-        exchange = DeepEpExchange(group, max_rows=MAX_ROWS, **(settings | changes))
+        exchange = DeepEpExchange(group, settings(**({"top_k": 8} | changes)), per_rank)
         made = exchange._buffer
         return made.num_nvl_bytes, made.num_rdma_bytes, made.low_latency_mode, made.num_qps_per_rank
 
@@ -470,19 +473,17 @@ def test_the_buffer_is_as_large_as_its_modes_need(deep_ep: ModuleType) -> None:
         ({"top_k": 10, "mode": DeepEpMode.LOW_LATENCY}, "10 experts a token"),
     ],
 )
-def test_what_it_cannot_do_is_refused(
-    changes: dict[str, Any], message: str, deep_ep: ModuleType
+def test_what_it_cannot_do_is_refused_before_there_is_anything_to_move(
+    changes: dict[str, Any], message: str
 ) -> None:
-    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 8)
-    settings: dict[str, Any] = {"hidden_size": HIDDEN, "top_k": 2, "per_rank": 2}
     with pytest.raises(ConfigError, match=message):
-        DeepEpExchange(group, **(settings | changes))
+        settings(**changes)
 
 
 def test_numbers_of_ranks_that_it_is_not_made_for_are_refused(deep_ep: ModuleType) -> None:
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 6)
     with pytest.raises(ConfigError, match=r"--ep-size 6 .* 2, 4 or 8 would work"):
-        DeepEpExchange(group, hidden_size=HIDDEN, top_k=2, per_rank=2)
+        DeepEpExchange(group, settings(), 2)
 
 
 def test_a_step_that_is_too_large_for_low_latency_is_refused(deep_ep: ModuleType) -> None:
@@ -500,10 +501,20 @@ def test_a_machine_without_gpus_is_refused(
     deep_ep: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="the device is cpu; --moe-a2a-backend torch works"):
-        check_available("cpu")
+        check_available("cpu", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="CUDA GPUs, and there is none"):
-        check_available("cuda")
+        check_available("cuda", 2)
+
+
+def test_ranks_that_share_gpus_are_refused(
+    deep_ep: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_available("cuda", 2)
+    with pytest.raises(ConfigError, match="each of the 4 ranks needs a GPU of its own"):
+        check_available("cuda", 4)
 
 
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,45 +543,25 @@ def test_a_missing_or_broken_package_is_refused(
     state(monkeypatch)
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 8)
     with pytest.raises(ConfigError, match=message):
-        DeepEpExchange(group, hidden_size=HIDDEN, top_k=2, per_rank=2)
+        DeepEpExchange(group, settings(), 2)
 
 
 def test_a_missing_package_is_found_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("isomoe.comm.deepep.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"\(deep_ep\) is not installed"):
-        check_available("cuda")
+        check_available("cuda", 2)
 
 
 def test_a_package_without_its_buffer_is_refused(deep_ep: ModuleType) -> None:
     deep_ep.Buffer = None  # type: ignore[attr-defined]
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 8)
     with pytest.raises(ConfigError, match="built without its Buffer"):
-        DeepEpExchange(group, hidden_size=HIDDEN, top_k=2, per_rank=2)
+        DeepEpExchange(group, settings(), 2)
 
 
-def test_the_backend_decides_which_exchange_is_opened(
-    deep_ep: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    asked = Parallelism(tp_size=2, ep_size=2, moe_a2a_backend=A2ABackend.DEEPEP)
-    plain = Parallelism(tp_size=2, ep_size=2, moe_a2a_backend=A2ABackend.TORCH)
-
-    def rank_main(comm: Communicator) -> None:
-        cpu, cuda = torch.device("cpu"), torch.device("cuda")
-        assert isinstance(open_exchange(plain, comm, HIDDEN, 2, 2, cpu), CommExchange)
-        with pytest.raises(ConfigError, match="the device is cpu"):
-            open_exchange(asked, comm, HIDDEN, 2, 2, cpu)
-        with pytest.raises(ConfigError, match="each of the 2 ranks needs a GPU of its own"):
-            open_exchange(asked, comm, HIDDEN, 2, 2, cuda)  # no NCCL
-
-    world(2, 2).run(rank_main)
-
-
-def test_with_nccl_it_is_opened_over_the_ranks_of_the_experts(
-    deep_ep: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_it_is_opened_over_the_ranks_of_the_experts(deep_ep: ModuleType) -> None:
     asked = Parallelism(
         tp_size=4, ep_size=2, moe_a2a_backend=A2ABackend.DEEPEP, moe_wire_format=WireFormat.FP8
     )
@@ -581,8 +572,7 @@ def test_with_nccl_it_is_opened_over_the_ranks_of_the_experts(
         axes = comm.seat.mesh.moe_ep
         group: Any = Group(comm, axes)
         nccl = NcclComm(comm.seat, {axes: group})
-        exchange = open_exchange(asked, nccl, HIDDEN, 2, 2, torch.device("cuda"))
-        assert isinstance(exchange, DeepEpExchange)
+        exchange = open_deepep(nccl, settings(form=WireFormat.FP8), 2)
         assert exchange._buffer.group is group
         assert not exchange._buffer.low_latency_mode
 

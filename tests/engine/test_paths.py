@@ -373,6 +373,55 @@ def test_a_location_that_does_not_fit_is_refused_before_any_worker_starts(
     assert "\n" not in str(told.value)
 
 
+@pytest.fixture
+def _two_gpus_with_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("isomoe.comm.deepep.find_spec", lambda name: True)
+
+
+LOW = {"deepep_mode": "low_latency"}
+SMALL_STEPS = {"max_running_requests": 64, "max_prefill_tokens": 64}
+
+
+@pytest.mark.usefixtures("_no_workers", "_two_gpus_with_deep_ep")
+@pytest.mark.parametrize(
+    ("hidden_size", "settings", "message"),
+    [
+        (256, {"dtype": "float32"}, "--dtype float32 with --moe-a2a-backend deepep"),
+        (256, {"moe_wire_format": "fp8"}, "rows of 256 bytes are no whole units of 512"),
+        (256, {"tp_size": 4}, "each of the 4 ranks needs a GPU of its own"),
+        (256, LOW, "a hidden size of 256 is none of 2048"),
+        (2048, LOW, "a step of 16640 rows a rank, and at most 128 can be; auto or normal"),
+        (2048, LOW | SMALL_STEPS | {"max_prefill_tokens": 65}, "a step of 129 rows a rank"),
+    ],
+)
+def test_what_deepep_cannot_do_is_refused_before_any_worker_starts(
+    tmp_path: Path, hidden_size: int, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as told:
+        deepep_engine(tmp_path, hidden_size, **settings)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.usefixtures("_no_workers", "_two_gpus_with_deep_ep")
+@pytest.mark.parametrize(
+    ("hidden_size", "settings"), [(256, {}), (2048, LOW | SMALL_STEPS)], ids=["auto", "low latency"]
+)
+def test_what_deepep_can_do_is_not_refused(
+    tmp_path: Path, hidden_size: int, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(AssertionError, match="a worker was started"):
+        deepep_engine(tmp_path, hidden_size, **settings)
+
+
+def deepep_engine(folder: Path, hidden_size: int, **settings: Any) -> LLM:
+    config = json.loads((bundled_checkpoint() / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": hidden_size}))
+    usual = {"device": "cuda", "dtype": "bfloat16", "moe_a2a_backend": "deepep"} | GROUPS
+    return LLM(str(folder), load_format="dummy", **(usual | settings))  # type: ignore[arg-type]
+
+
 def test_a_load_that_is_not_recorded_cannot_be_asked_for() -> None:
     with engine() as llm, pytest.raises(ConfigError, match="record_expert_load=True does it"):
         llm.expert_load()

@@ -9,6 +9,7 @@ T: rows here   N: rows that arrived   K: experts a row   L: experts a rank   H: 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from importlib import import_module
@@ -20,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from isomoe.comm.base import Communicator
-from isomoe.comm.expert_exchange import CommExchange, ExpertExchange, RoutedRows
+from isomoe.comm.expert_exchange import ExpertExchange, RoutedRows
+from isomoe.comm.rendezvous import has_own_gpu
 from isomoe.comm.torch_comm import NcclComm
 from isomoe.errors import ConfigError
 from isomoe.layout.mesh import Axes
-from isomoe.layout.parallelism import A2ABackend, Parallelism
 from isomoe.layout.wire import WireFormat
 
 MAX_ROWS = 128
@@ -56,62 +57,101 @@ class DeepEpMode(StrEnum):
     """A row goes once to each of its experts. Needs NVSHMEM. The host waits for nothing."""
 
 
-def check_available(device: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepEpSettings:
+    """What DeepEP is asked to move, and how: all that is known before any weight is read.
+
+    Attributes:
+        hidden_size: H, of every layer.
+        top_k: the most experts a row.
+        form: how hidden states travel: bf16 [T, H], or e4m3 codes [T, H] with fp32 scales
+            [T, H/128]. DeepEP's low-latency kernels pack by themselves, so fp8 is normal only.
+        dtype: of hidden states, and of what experts give.
+        scales_input: a row's weight multiplies what an expert takes: it must know it, so normal
+            only.
+        mode: which kernels.
+        max_rows: the most rows of a rank in a low-latency step; memory grows with it. DeepEP's
+            default queues take up to 511.
+
+    Raises:
+        ConfigError: if DeepEP cannot do it, on whatever machine.
+    """
+
+    hidden_size: int
+    top_k: int
+    form: WireFormat = WireFormat.NONE
+    dtype: torch.dtype = torch.bfloat16
+    scales_input: bool = False
+    mode: DeepEpMode = DeepEpMode.AUTO
+    max_rows: int = MAX_ROWS
+
+    def __post_init__(self) -> None:
+        _check_rows(self.hidden_size, self.form, self.dtype)
+        obstacle = self._no_low_latency()
+        if self.mode is DeepEpMode.LOW_LATENCY and obstacle:
+            raise ConfigError(f"{_FLAG} in mode {self.mode}: {obstacle}; auto or normal would work")
+
+    @property
+    def normal(self) -> bool:
+        """Whether the normal kernels may be used."""
+        return self.mode is not DeepEpMode.LOW_LATENCY
+
+    @property
+    def low_latency(self) -> bool:
+        """Whether the low-latency kernels may be used."""
+        return self.mode is not DeepEpMode.NORMAL and not self._no_low_latency()
+
+    def check_step(self, most: int) -> None:
+        """Raises ConfigError if there are no kernels for a step of up to `most` rows a rank."""
+        if not self.normal and most > self.max_rows:
+            raise ConfigError(
+                f"{_FLAG} in mode {self.mode}: a step of {most} rows a rank, and at most "
+                f"{self.max_rows} can be; auto or normal would work"
+            )
+
+    def _no_low_latency(self) -> str | None:
+        """Why the low-latency kernels cannot be used; None if they can."""
+        if self.form is not WireFormat.NONE:
+            return f"--moe-wire-format {self.form} packs rows before they travel"
+        if self.scales_input:
+            return "the weights of this model's experts apply to what they take"
+        if self.hidden_size not in _LOW_LATENCY_HIDDEN:
+            sizes = ", ".join(map(str, _LOW_LATENCY_HIDDEN))
+            return f"a hidden size of {self.hidden_size} is none of {sizes}"
+        if self.top_k > _LOW_LATENCY_TOP_K:
+            return f"{self.top_k} experts a token are more than {_LOW_LATENCY_TOP_K}"
+        return None
+
+
+def check_available(device: str, ranks: int) -> None:
     """Whether DeepEP can be used here, found out without loading it.
 
     Args:
         device: its kind, such as "cuda".
 
     Raises:
-        ConfigError: if there is no CUDA, or no DeepEP.
+        ConfigError: if there is no GPU for each rank, or no DeepEP.
     """
     if device != "cuda" or not torch.cuda.is_available():
         found = "there is none" if device == "cuda" else f"the device is {device}"
         raise ConfigError(f"{_FLAG}: it moves rows between CUDA GPUs, and {found}; {_ELSE}")
+    if not has_own_gpu(torch.device(device), ranks):
+        raise ConfigError(f"{_FLAG}: each of the {ranks} ranks needs a GPU of its own; {_ELSE}")
     if find_spec("deep_ep") is None:
         raise ConfigError(f"{_FLAG}: {_PACKAGE} is not installed; {_ELSE}")
 
 
-def open_exchange(
-    parallelism: Parallelism,
-    comm: Communicator,
-    hidden_size: int,
-    top_k: int,
-    per_rank: int,
-    device: torch.device,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    scales_input: bool = False,
-    mode: DeepEpMode = DeepEpMode.AUTO,
-) -> ExpertExchange:
-    """The exchange that `--moe-a2a-backend` asks for. All ranks must call this.
+def open_deepep(comm: Communicator, settings: DeepEpSettings, per_rank: int) -> "DeepEpExchange":
+    """DeepEP's exchange over the ranks of the experts. All ranks must call this.
 
     Args:
-        parallelism: says which backend, and how hidden states travel.
-        device: where the rows are.
-        top_k, per_rank: the most of any layer.
-        hidden_size, dtype, scales_input, mode: as of `DeepEpExchange`.
+        per_rank: as of `DeepEpExchange`.
 
     Raises:
-        ConfigError: if DeepEP is asked for and cannot do it.
+        ConfigError: if DeepEP does not load, or is not made for so many ranks.
     """
-    if parallelism.moe_a2a_backend is not A2ABackend.DEEPEP:
-        return CommExchange(comm)
-    check_available(device.type)
-    if not isinstance(comm, NcclComm):
-        raise ConfigError(
-            f"{_FLAG}: each of the {parallelism.tp_size} ranks needs a GPU of its own; {_ELSE}"
-        )
-    return DeepEpExchange(
-        comm.group(comm.seat.mesh.moe_ep),
-        hidden_size=hidden_size,
-        top_k=top_k,
-        per_rank=per_rank,
-        form=parallelism.moe_wire_format,
-        dtype=dtype,
-        scales_input=scales_input,
-        mode=mode,
-    )
+    assert isinstance(comm, NcclComm), "ranks that share GPUs are refused by check_available"
+    return DeepEpExchange(comm.group(comm.seat.mesh.moe_ep), settings, per_rank)
 
 
 class DeepEpExchange(ExpertExchange):
@@ -125,46 +165,19 @@ class DeepEpExchange(ExpertExchange):
 
     Args:
         group: the ranks that exchange rows, in the order of their experts.
-        hidden_size: H, of every layer.
-        top_k: the most experts a row.
         per_rank: the most physical experts of a rank, of all layers.
-        form: how hidden states travel: bf16 [T, H], or e4m3 codes [T, H] with fp32 scales
-            [T, H/128]. DeepEP's low-latency kernels pack by themselves, so fp8 is normal only.
-        dtype: of hidden states, and of what experts give.
-        scales_input: a row's weight multiplies what an expert takes: it must know it, so normal
-            only.
-        mode: which kernels.
-        max_rows: the most rows of a rank in a low-latency step; memory grows with it. DeepEP's
-            default queues take up to 511.
 
     Raises:
-        ConfigError: if DeepEP cannot do it, or does not load.
+        ConfigError: if DeepEP does not load, or is not made for so many ranks.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        *,
-        hidden_size: int,
-        top_k: int,
-        per_rank: int,
-        form: WireFormat = WireFormat.NONE,
-        dtype: torch.dtype = torch.bfloat16,
-        scales_input: bool = False,
-        mode: DeepEpMode = DeepEpMode.AUTO,
-        max_rows: int = MAX_ROWS,
-    ) -> None:
-        _check_rows(hidden_size, form, dtype)
-        obstacle = _no_low_latency(hidden_size, top_k, form, scales_input)
-        if mode is DeepEpMode.LOW_LATENCY and obstacle:
-            raise ConfigError(f"{_FLAG} in mode {mode}: {obstacle}; auto or normal would work")
+    def __init__(self, group: dist.ProcessGroup, settings: DeepEpSettings, per_rank: int) -> None:
         self._rank, self._members = group.rank(), group.size()
-        self._max_rows = max_rows
-        self._normal = mode is not DeepEpMode.LOW_LATENCY
-        self._low_latency = mode is not DeepEpMode.NORMAL and not obstacle
+        self._settings = settings
+        self._max_rows = settings.max_rows
         package = _loaded()
         self._id_dtype: torch.dtype = getattr(package, "topk_idx_t", torch.int64)
-        self._buffer = self._opened(package.Buffer, group, hidden_size, per_rank)
+        self._buffer = self._opened(package.Buffer, group, per_rank)
         self._clean_for: int | None = None
 
     def dispatch(
@@ -173,14 +186,10 @@ class DeepEpExchange(ExpertExchange):
         values, ids, weights = rows
         values = tuple(x.contiguous() for x in values)
         ids, weights = ids.to(self._id_dtype).contiguous(), weights.contiguous()
-        if self._low_latency and most <= self._max_rows:
+        if self._settings.low_latency and most <= self._max_rows:
             (x,) = values
             return self._there_at_low_latency(x, ids, weights, per_rank, most)
-        if not self._normal:
-            raise ConfigError(
-                f"{_FLAG} in mode {DeepEpMode.LOW_LATENCY}: a step of {most} rows a rank, and at "
-                f"most {self._max_rows} can be; auto or normal would work"
-            )
+        self._settings.check_step(most)
         return self._there(values, ids, weights, per_rank)
 
     def combine(self, out: Tensor, sent: WayBack) -> Tensor:
@@ -255,13 +264,12 @@ class DeepEpExchange(ExpertExchange):
         total, _, _ = self._buffer.low_latency_combine(packed, ids, weights, handle)
         return total
 
-    def _opened(
-        self, buffer: Any, group: dist.ProcessGroup, hidden_size: int, per_rank: int
-    ) -> Any:
+    def _opened(self, buffer: Any, group: dist.ProcessGroup, per_rank: int) -> Any:
         """A buffer that is large enough for the modes that may be used."""
-        members, row_bytes = self._members, hidden_size * torch.bfloat16.itemsize
+        settings, members = self._settings, self._members
+        row_bytes = settings.hidden_size * torch.bfloat16.itemsize
         nvlink_bytes = rdma_bytes = queues = 0
-        if self._normal:
+        if settings.normal:
             try:
                 configs = buffer.get_dispatch_config(members), buffer.get_combine_config(members)
             except (AssertionError, KeyError) as error:
@@ -276,17 +284,17 @@ class DeepEpExchange(ExpertExchange):
                 if members > _NVLINK_RANKS:
                     hint = config.get_rdma_buffer_size_hint(row_bytes, members)
                     rdma_bytes = max(rdma_bytes, hint)
-        if self._low_latency:
+        if settings.low_latency:
             experts = per_rank * members
             hint = buffer.get_low_latency_rdma_size_hint(
-                self._max_rows, hidden_size, members, experts
+                self._max_rows, settings.hidden_size, members, experts
             )
             rdma_bytes, queues = max(rdma_bytes, hint), max(queues, per_rank)
         return buffer(
             group,
             nvlink_bytes,
             rdma_bytes,
-            low_latency_mode=self._low_latency,
+            low_latency_mode=settings.low_latency,
             num_qps_per_rank=queues,
         )
 
@@ -303,22 +311,6 @@ def _check_rows(hidden_size: int, form: WireFormat, dtype: torch.dtype) -> None:
         raise ConfigError(
             f"{_FLAG}: rows of {row_bytes} bytes are no whole units of {_UNIT_BYTES}; {_ELSE}"
         )
-
-
-def _no_low_latency(
-    hidden_size: int, top_k: int, form: WireFormat, scales_input: bool
-) -> str | None:
-    """Why the low-latency kernels cannot be used; None if they can."""
-    if form is not WireFormat.NONE:
-        return f"--moe-wire-format {form} packs rows before they travel"
-    if scales_input:
-        return "the weights of this model's experts apply to what they take"
-    if hidden_size not in _LOW_LATENCY_HIDDEN:
-        sizes = ", ".join(map(str, _LOW_LATENCY_HIDDEN))
-        return f"a hidden size of {hidden_size} is none of {sizes}"
-    if top_k > _LOW_LATENCY_TOP_K:
-        return f"{top_k} experts a token are more than {_LOW_LATENCY_TOP_K}"
-    return None
 
 
 def _loaded() -> Any:

@@ -2,11 +2,23 @@
 
 from pathlib import Path
 
-from isomoe.comm.deepep import check_available
-from isomoe.config import EngineConfig
+import torch
+
+from isomoe.blocks import SparseMoe
+from isomoe.comm.deepep import DeepEpMode, DeepEpSettings, check_available
+from isomoe.config import EngineConfig, choice
 from isomoe.engine.model_info import ModelInfo
 from isomoe.errors import ConfigError
-from isomoe.layout import MACHINES, A2ABackend, Chain, ExpertLocation, Plan, make_plan, read_pinned
+from isomoe.layout import (
+    MACHINES,
+    A2ABackend,
+    Chain,
+    ExpertLocation,
+    Plan,
+    TokenRows,
+    make_plan,
+    read_pinned,
+)
 from isomoe.models import CausalLM, build, family_of
 
 
@@ -15,11 +27,11 @@ def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
 
     Raises:
         ConfigError: if it cannot be laid out so, the file of the experts' location does not fit, or
-            DeepEP is asked for and not there.
+            DeepEP is asked for and is not there or cannot do it.
     """
     layout = config.parallelism
     if layout.moe_a2a_backend is A2ABackend.DEEPEP:
-        check_available(info.device)
+        check_available(info.device, layout.tp_size)
     location = None
     if config.init_expert_location is not None:
         file = Path(config.init_expert_location)
@@ -30,7 +42,35 @@ def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
                 f"--init-expert-location {file}: has {location.num_layers} rows; the model has "
                 f"{layers} decoder layers, and needs as many"
             )
-    return build(info.hf_config, layout, rank, location=location)
+    model = build(info.hf_config, layout, rank, location=location)
+    deepep = deepep_settings(config, info, model)
+    if deepep is not None:
+        total = config.max_running_requests + config.prefill_limits(info.device)[1]
+        rows = TokenRows.of(model.seat.mesh, (total,) * layout.attn_dp_size)
+        deepep.check_step(max(rows.counts(model.seat, model.seat.mesh.moe_ep)))
+    return model
+
+
+def deepep_settings(
+    config: EngineConfig, info: ModelInfo, model: CausalLM
+) -> DeepEpSettings | None:
+    """What DeepEP is asked to do; None if it is not asked.
+
+    Raises:
+        ConfigError: if it cannot do it.
+    """
+    layout = config.parallelism
+    if layout.moe_a2a_backend is not A2ABackend.DEEPEP:
+        return None
+    routed = [block for block in model.blocks() if isinstance(block, SparseMoe)]
+    return DeepEpSettings(
+        hidden_size=model.config["hidden_size"],
+        top_k=max(block.routing.top_k for block in routed),
+        form=layout.moe_wire_format,
+        dtype=getattr(torch, info.dtype),
+        scales_input=any(block.experts.form.scales_input for block in routed),
+        mode=choice(DeepEpMode, config.deepep_mode, "--deepep-mode"),
+    )
 
 
 def planned(config: EngineConfig, info: ModelInfo, chain: Chain) -> Plan:

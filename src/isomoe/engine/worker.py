@@ -7,17 +7,23 @@ import torch
 from torch import Tensor
 
 from isomoe.blocks import Batch, SparseMoe
-from isomoe.comm import Communicator, ExpertExchange, LocalComm, torch_communicator
-from isomoe.comm.deepep import DeepEpMode, open_exchange
+from isomoe.comm import (
+    CommExchange,
+    Communicator,
+    ExpertExchange,
+    LocalComm,
+    torch_communicator,
+)
+from isomoe.comm.deepep import open_deepep
 from isomoe.comm.rendezvous import join, local_device
-from isomoe.config import EngineConfig, LoadFormat, choice
+from isomoe.config import EngineConfig, LoadFormat
 from isomoe.engine.batches import Batches, CpuBatches
 from isomoe.engine.gpu_batches import GpuBatches
 from isomoe.engine.gpu_memory import free_for_cache, must_fit
 from isomoe.engine.graphs import DecodeGraphs
 from isomoe.engine.instrument import load_instrument
 from isomoe.engine.kv_cache import CPU_CACHE_BYTES, pages_for
-from isomoe.engine.laid_out import laid_out, planned
+from isomoe.engine.laid_out import deepep_settings, laid_out, planned
 from isomoe.engine.model_info import ModelInfo
 from isomoe.engine.residents import Residents
 from isomoe.engine.sampler import Answer, Sampler
@@ -218,21 +224,13 @@ class Worker:
             leaf.pack()
 
     def _open_exchange(self) -> ExpertExchange | None:
-        layout = self.config.parallelism
-        routed = [block for block in self.model.blocks() if isinstance(block, SparseMoe)]
-        if not layout.exchanges or not routed:
+        if not self.config.parallelism.exchanges:
             return None
-        return open_exchange(
-            layout,
-            self.comm,
-            hidden_size=self.model.config["hidden_size"],
-            top_k=max(block.routing.top_k for block in routed),
-            per_rank=max(len(block.experts.held) for block in routed),
-            device=self.device,
-            dtype=self.wire_dtype,
-            scales_input=any(block.experts.form.scales_input for block in routed),
-            mode=choice(DeepEpMode, self.config.deepep_mode, "--deepep-mode"),
-        )
+        deepep = deepep_settings(self.config, self.info, self.model)
+        if deepep is None:
+            return CommExchange(self.comm)
+        routed = [block for block in self.model.blocks() if isinstance(block, SparseMoe)]
+        return open_deepep(self.comm, deepep, max(len(block.experts.held) for block in routed))
 
     def _communicator(self, port: int | None) -> Communicator:
         if port is None:
