@@ -141,6 +141,16 @@ class EngineConfig:
             if part.partition("=")[0].count(":") != 1:
                 raise ConfigError(f"instrument {part!r}: must be package.module:attribute")
 
+    @property
+    def expert_flags(self) -> list[str]:
+        """The settings that mean nothing to a model without routed experts."""
+        flags = self.parallelism.expert_flags
+        if self.init_expert_location is not None:
+            flags.append(f"--init-expert-location {self.init_expert_location}")
+        if self.record_expert_load:
+            flags.append("recording the experts' load")
+        return flags
+
     def prefill_limits(self, device: str) -> tuple[int, int]:
         """The most tokens in a step on `device`: of one prompt, and of all prompts of a group."""
         chunk = self.chunked_prefill_size or (8192 if device == "cuda" else 2048)

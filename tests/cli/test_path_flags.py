@@ -79,6 +79,40 @@ def test_rows_that_nvfp4_cannot_hold_are_one_line_and_2(
     assert main(["plan", *words, "fp8"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("plan", GROUPS, "--ep-size 2"),
+        ("generate", ("--moe-wire-format", "fp8"), "--moe-wire-format fp8"),
+        (
+            "serve",
+            (*GROUPS, "--moe-a2a-backend", "deepep", "--init-expert-location", "load.json"),
+            "--ep-size 2, --moe-a2a-backend deepep, --init-expert-location load.json",
+        ),
+        ("serve", ("--record-expert-load",), "recording the experts' load"),
+        ("generate", ("--expert-load", "OUT/load.json"), "recording the experts' load"),
+        ("eval", ("--task", "arith", *GROUPS), "--ep-size 2"),
+        ("parity", ("tp1", "tp2,ep2"), "--ep-size 2"),
+    ],
+)
+def test_flags_of_experts_are_refused_by_a_model_without_any(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: str,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    config = json.loads((bundled_checkpoint() / "config.json").read_text())
+    config["mlp_only_layers"] = list(range(config["num_hidden_layers"]))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = () if command == "plan" else ("--device", "cpu", "--load-format", "dummy")
+    more = {"generate": ("--prompt", "1"), "serve": ("--port", "0")}.get(command, ())
+    words = tuple(word.replace("OUT", str(tmp_path)) for word in words)
+    code, line = said(capsys, command, "--model-path", str(tmp_path), *engine, *more, *words)
+    assert code == 2
+    assert f"{message}: the model has no routed experts; it works without" in line
+
+
 def test_a_location_needs_several_groups(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,12 @@ def test_a_config_that_cannot_be_read_is_refused(
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("dense", [[], [1], [0, 1, 2]], ids=["sparse", "mixed", "dense"])
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_the_listed_layouts_are_exactly_those_that_can_be_built(family: str) -> None:
-    config = config_of(family, mlp_only_layers=[1])
+def test_the_listed_layouts_are_exactly_those_that_can_be_built(
+    family: str, dense: list[int]
+) -> None:
+    config = config_of(family, mlp_only_layers=dense)
     listed = list(layouts(family_of(config), config, 6))
     assert len(set(listed)) == len(listed)
     for tp in range(1, 7):
@@ -176,6 +180,31 @@ def test_the_listed_layouts_are_exactly_those_that_can_be_built(family: str) -> 
                     continue
                 assert (layout in listed) == works(config, layout), str(layout)
                 assert fits(family_of(config), config, layout) == works(config, layout)
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("tp2,ep2", "--ep-size 2"),
+        ("tp1,fp8", "--moe-wire-format fp8"),
+        ("tp2,ep2,a2a", "--ep-size 2, --moe-a2a-backend torch"),
+        (
+            "tp4,dp2,ep2,dense1,a2aauto,nvfp4,red2",
+            "--ep-size 2, --moe-a2a-backend auto, --moe-wire-format nvfp4, "
+            "--ep-num-redundant-experts 2",
+        ),
+    ],
+)
+def test_flags_of_experts_are_refused_by_a_model_without_any(words: str, flags: str) -> None:
+    layout = Parallelism.parse(words)
+    config = config_of("qwen3", hidden_size=64)
+    assert works(config, replace(layout, moe_dense_tp_size=None))
+    for dense in ({"mlp_only_layers": [0, 1, 2]}, {"decoder_sparse_step": 4}, {"num_experts": 0}):
+        none = {k: v for k, v in config.items() if k != "num_local_experts"} | {"num_experts": 8}
+        with pytest.raises(ConfigError) as refused:
+            build(none | dense, layout)
+        assert str(refused.value) == f"{flags}: the model has no routed experts; it works without"
+        assert works(none | dense, Parallelism.parse("tp2,dp2,dense1"))
 
 
 def test_the_representative_layers_have_every_step_from_sort_to_sort() -> None:

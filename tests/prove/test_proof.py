@@ -327,6 +327,14 @@ def test_a_model_that_fits_no_layout_is_refused_and_not_vacuously_proven(
     assert said in errors
 
 
+def test_a_model_without_routed_experts_has_one_path() -> None:
+    config = CONFIGS["qwen3-moe-mixed"]
+    dense = {"dense": config | {"mlp_only_layers": list(range(config["num_hidden_layers"]))}}
+    plain, every = (prove_models(dense, 4, all_paths=asked) for asked in (False, True))
+    assert plain.finding is every.finding is None
+    assert plain.stats.layouts == every.stats.layouts > 10
+
+
 def test_in_more_than_one_process_the_counts_are_the_same() -> None:
     one = prove_models(SMALL, 4, processes=1)
     two = prove_models(SMALL, 4, processes=2)

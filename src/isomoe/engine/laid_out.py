@@ -19,17 +19,19 @@ from isomoe.layout import (
     make_plan,
     read_pinned,
 )
-from isomoe.models import CausalLM, build, family_of
+from isomoe.models import CausalLM, build, check_expert_flags, family_of
 
 
 def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
     """The model on one rank, without weights.
 
     Raises:
-        ConfigError: if it cannot be laid out so, the file of the experts' location does not fit, or
-            DeepEP is asked for and is not there or cannot do it.
+        ConfigError: if it cannot be laid out so, or has none of the experts that settings are
+            about; if the file of the experts' location does not fit; if DeepEP is asked for and is
+            not there, or cannot do it.
     """
     layout = config.parallelism
+    check_expert_flags(info.hf_config, config.expert_flags)
     if layout.moe_a2a_backend is A2ABackend.DEEPEP:
         check_available(info.device, layout.tp_size)
     location = None

@@ -136,19 +136,25 @@ class Parallelism:
         parts = [f"--tp-size {self.tp_size}"]
         if self.attn_dp_size > 1:
             parts.append(f"--attn-dp-size {self.attn_dp_size}")
-        if self.ep_size > 1:
-            parts.append(f"--ep-size {self.ep_size}")
         if self.moe_dense_tp_size is not None:
             parts.append(f"--moe-dense-tp-size {self.moe_dense_tp_size}")
         if self.enable_dp_lm_head:
             parts.append("--enable-dp-lm-head")
+        return " ".join([*parts, *self.expert_flags])
+
+    @property
+    def expert_flags(self) -> list[str]:
+        """Those of `flags` that mean nothing to a model without routed experts."""
+        parts = []
+        if self.ep_size > 1:
+            parts.append(f"--ep-size {self.ep_size}")
         if self.exchanges:
             parts.append(f"--moe-a2a-backend {self.moe_a2a_backend}")
         if self.moe_wire_format is not WireFormat.NONE:
             parts.append(f"--moe-wire-format {self.moe_wire_format}")
         if self.ep_num_redundant_experts:
             parts.append(f"--ep-num-redundant-experts {self.ep_num_redundant_experts}")
-        return " ".join(parts)
+        return parts
 
     def __str__(self) -> str:
         """The shorthand: `tp8,dp4,ep8`, where dp is attention DP."""

@@ -5,6 +5,7 @@ from isomoe.models.options import dtype_name
 from isomoe.models.registry import (
     FAMILIES,
     build,
+    check_expert_flags,
     family_of,
     fits,
     layouts,
@@ -20,6 +21,7 @@ __all__ = [
     "HFConfig",
     "Layer",
     "build",
+    "check_expert_flags",
     "dtype_name",
     "family_of",
     "fits",

@@ -1,7 +1,7 @@
 """From a config.json to a model class, and the layouts that fit it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +110,7 @@ def build(
             sizes that do.
     """
     family = family_of(config)
+    check_expert_flags(config, parallelism.expert_flags)
     with _explained():
         if parallelism.moe_dense_tp_size is not None and not family.has_dense(config):
             raise ConfigError(
@@ -123,6 +124,19 @@ def build(
             raise ConfigError(f"{error}{_advice(family, config, parallelism)}") from None
 
 
+def check_expert_flags(config: HFConfig, flags: Sequence[str]) -> None:
+    """Whether `flags`, which are about routed experts, are about anything in the model.
+
+    Raises:
+        ConfigError: if it has no routed experts.
+    """
+    with _explained():
+        if flags and not family_of(config).has_sparse(config):
+            raise ConfigError(
+                f"{', '.join(flags)}: the model has no routed experts; it works without"
+            )
+
+
 def fits(family: type[CausalLM], config: HFConfig, parallelism: Parallelism) -> bool:
     """Whether the model can be laid out so.
 
@@ -133,6 +147,7 @@ def fits(family: type[CausalLM], config: HFConfig, parallelism: Parallelism) -> 
         sorts = family.sorts(config)
         one_of_each = sorted({sort: index for index, sort in enumerate(sorts)}.values())
         try:
+            check_expert_flags(config, parallelism.expert_flags)
             family(config, Seat(family.mesh(config, parallelism), 0), one_of_each)
         except (ConfigError, PlacementError):
             return False

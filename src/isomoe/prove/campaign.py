@@ -132,8 +132,9 @@ def _subjects(job: _Job, configs: Mapping[str, HFConfig], ways: _Ways) -> Iterat
     ranks, groups = job
     for name, config in configs.items():
         one_rank = Subject.of(name, config, Parallelism())
-        for layout in layouts(family_of(config), config, ranks, ranks, groups):
-            for path in ways(layout):
+        family = family_of(config)
+        for layout in layouts(family, config, ranks, ranks, groups):
+            for path in ways(layout) if family.has_sparse(config) else (layout,):
                 yield replace(one_rank, layout=path)
 
 
