@@ -16,7 +16,8 @@ from gpu_support import DEVICE
 from isomoe.bench import tuner
 from isomoe.bench.compile_pool import compile_pool
 from isomoe.bench.kernel_bench import Checker, copied, tensors, time_case
-from isomoe.bench.kernel_cases import CASES, KernelCase, Prepared, Setting, Sizes, find_cases
+from isomoe.bench.kernel_cases import CASES, KernelCase, find_cases
+from isomoe.bench.kernel_setting import Prepared, Setting, Sizes
 from isomoe.cli.main import main
 from isomoe.errors import ConfigError
 from isomoe.kernels import Routing
@@ -134,9 +135,9 @@ def test_names_ask_for_cases() -> None:
         "linear-lm_head",
         "route",
     ]
-    assert not any(case.is_library for case in find_cases(None))
+    assert not any(case.is_variant for case in find_cases(None))
     assert [case.name for case in find_cases(["fused_experts"])] == ["fused_experts"]
-    assert find_cases(["fused_experts-grouped_mm"])[0].is_library
+    assert find_cases(["fused_experts-grouped_mm"])[0].is_variant
     with pytest.raises(ConfigError, match="kernel softmax: must be among add_rms_norm, "):
         find_cases(["softmax"])
 
@@ -156,7 +157,7 @@ def test_whatever_a_kernel_looks_for_can_be_tuned() -> None:
     known = set(tuner.tunable())
     for case in CASES:
         for rows in (1, 18):
-            if case.takes(rows) and not case.is_library:
+            if case.takes(rows) and not case.is_variant:
                 at = replace(AT, rows=rows, dtype=torch.bfloat16)
                 for asked in tuner.what_it_asks(case.prepare(at)):
                     assert asked.kernel in known, case.name

@@ -16,7 +16,8 @@ from multiprocessing.process import BaseProcess
 from queue import Empty, SimpleQueue
 from time import perf_counter
 
-from isomoe.bench.kernel_cases import CASES, Setting
+from isomoe.bench.kernel_cases import CASES
+from isomoe.bench.kernel_setting import Setting
 from isomoe.kernels.gpu.configs import Config
 
 _MOST = 12

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from isomoe.bench.device import DeviceLimits, clocked
-from isomoe.bench.kernel_cases import KernelCase, Prepared, Setting
+from isomoe.bench.kernel_cases import KernelCase
+from isomoe.bench.kernel_setting import Prepared, Setting
 
 BOUND = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 """Largest relative Frobenius error against the twin, by dtype."""

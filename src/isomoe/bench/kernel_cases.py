@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isomoe.blocks import Attention, SparseMoe
+from isomoe.bench import expert_cases
+from isomoe.bench.kernel_setting import Prepared, Run, Setting, Sizes
 from isomoe.errors import ConfigError
 from isomoe.kernels import (
-    CAUSAL,
     AttentionBatch,
     Heads,
-    Routing,
     rms_norm,
     rope_table,
     rotate,
@@ -26,14 +25,11 @@ from isomoe.kernels import (
     split_heads,
 )
 from isomoe.kernels import attention as plain_attention
-from isomoe.kernels import experts as plain_experts
 from isomoe.kernels import norm as plain_norm
 from isomoe.kernels import routing as plain_routing
 from isomoe.kernels import sampling as plain_sampling
 from isomoe.kernels.paged_rows import PagedRows
 from isomoe.kernels.sampling import RowSampling, uniform
-from isomoe.layout import Parallelism
-from isomoe.models import HFConfig, build
 
 _EPS = 1e-6
 _PAGE = 16
@@ -41,115 +37,6 @@ _PROMPT = 4096
 """Prefills are of prompts of at most so many tokens."""
 _SAMPLED_ROWS = 512
 """Kernels of rows that get logits, and of decode, are not run on more."""
-_STD = 0.02
-
-Run = Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """The sizes of a model that its kernels see on one rank of one."""
-
-    hidden: int
-    heads: Heads
-    experts: int
-    routing: Routing
-    width: int
-    vocab: int
-
-    @classmethod
-    def of(cls, config: HFConfig) -> "Sizes":
-        """Of a checkpoint with experts.
-
-        Raises:
-            ConfigError: if no family runs it, or its kernels are none of the cases.
-        """
-        model = build(config, Parallelism())
-        kinds = {
-            layer.attn.core.heads if isinstance(layer.attn, Attention) else None
-            for layer in model.layers
-        }
-        heads = kinds.pop()
-        plain = heads and heads.qk_dim == heads.v_dim and heads.span == CAUSAL
-        if not heads or kinds or not plain:
-            raise ConfigError(
-                "kernels are measured on models with the same grouped-query attention over all "
-                "keys in every layer, and values of as many dims as keys"
-            )
-        blocks = [block for layer in model.layers for block in layer.ffn]
-        moe = next((block for block in blocks if isinstance(block, SparseMoe)), None)
-        if moe is None:
-            raise ConfigError("config.json: the model has no experts; kernels are measured on MoEs")
-        if moe.router.correction_from is not None or moe.routing.num_groups > 1:
-            raise ConfigError("kernels are not measured on routers with groups or correction bias")
-        if not moe.experts.form.is_plain:
-            raise ConfigError("kernels are measured on SwiGLU experts without biases")
-        return cls(
-            hidden=config["hidden_size"],
-            heads=heads,
-            experts=moe.num_experts,
-            routing=moe.routing,
-            width=moe.experts.intermediate_size,
-            vocab=config["vocab_size"],
-        )
-
-    @property
-    def qkv(self) -> int:
-        """Columns of queries, keys and values."""
-        return (self.heads.query + 2 * self.heads.kv) * self.heads.qk_dim
-
-    @property
-    def attended(self) -> int:
-        """Columns of what attention gives."""
-        return self.heads.query * self.heads.v_dim
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """Where and on what a case runs.
-
-    Attributes:
-        rows: T.
-        context: keys that each row of decode sees.
-        copies: sets of inputs to take in turn, so that the last one's are out of the cache.
-    """
-
-    sizes: Sizes
-    rows: int
-    context: int
-    device: torch.device
-    dtype: torch.dtype
-    copies: int = 1
-
-    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        """Random values. The seed is the caller's: `torch.manual_seed`."""
-        full = torch.randn(shape, dtype=torch.float32, device=self.device) * std
-        return full.to(self.dtype)
-
-    def matrix(self, *shape: int) -> Tensor:
-        """A weight, drawn in its own dtype: an fp32 draw of all experts would take gigabytes."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0.0, _STD)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A case that can be run.
-
-    Attributes:
-        inputs: one tuple of arguments for each copy.
-        run: the kernel.
-        twin: the same in plain torch.
-        num_bytes: that one call must read and write.
-        flops: that one call must compute.
-        exact: outputs are ids, which must be equal; else they may differ by rounding.
-    """
-
-    inputs: Sequence[tuple[Any, ...]]
-    run: Run
-    twin: Run
-    num_bytes: float
-    flops: float = 0.0
-    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,14 +48,15 @@ class KernelCase:
         prepare: makes its inputs.
         most_rows: with more than so many it is never called; None is no bound.
         least_rows: with fewer it is never called.
-        is_library: another way to the same result, to compare with; only its full name asks for it.
+        is_variant: another way to the same result, or to nearly the same; only its full name asks
+            for it.
     """
 
     name: str
     prepare: Callable[[Setting], Prepared] = field(repr=False)
     most_rows: int | None = None
     least_rows: int = 1
-    is_library: bool = False
+    is_variant: bool = False
 
     def takes(self, rows: int) -> bool:
         """Whether it is ever called with so many rows."""
@@ -181,7 +69,7 @@ def find_cases(names: Sequence[str] | None = None) -> list[KernelCase]:
     Raises:
         ConfigError: if a name is not known; lists those that are.
     """
-    own = [case for case in CASES if not case.is_library]
+    own = [case for case in CASES if not case.is_variant]
     if names is None:
         return own
     found: list[KernelCase] = []
@@ -236,45 +124,6 @@ def _route(at: Setting) -> Prepared:
         twin=plain_routing.route,
         num_bytes=at.rows * (sizes.experts * at.dtype.itemsize + 8 * sizes.routing.top_k),
     )
-
-
-def _fused_experts(at: Setting) -> Prepared:
-    from isomoe.kernels.gpu.experts import fused_experts
-
-    return _experts(at, fused_experts)
-
-
-def _grouped_mm(at: Setting) -> Prepared:
-    from isomoe.kernels.gpu.experts_torch import grouped_mm_experts
-
-    return _experts(at, grouped_mm_experts)
-
-
-def _experts(at: Setting, run: Run) -> Prepared:
-    sizes = at.sizes
-    gate_up = at.matrix(sizes.experts, 2 * sizes.width, sizes.hidden)
-    down = at.matrix(sizes.experts, sizes.hidden, sizes.width)
-    inputs, distinct = [], 0
-    for _ in range(at.copies):
-        logits = torch.randn(at.rows, sizes.experts, device=at.device)
-        weights, ids = plain_routing.route(logits, sizes.routing)
-        distinct += int((torch.bincount(ids.flatten(), minlength=sizes.experts) > 0).sum())
-        inputs.append((at.normal(at.rows, sizes.hidden), gate_up, down, ids.int(), weights))
-    expert = 3 * sizes.hidden * sizes.width
-    values = distinct / at.copies * expert + 2 * at.rows * sizes.hidden
-    return Prepared(
-        inputs=inputs,
-        run=run,
-        twin=_experts_twin,
-        num_bytes=values * at.dtype.itemsize,
-        flops=2.0 * at.rows * sizes.routing.top_k * expert,
-    )
-
-
-def _experts_twin(
-    x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor
-) -> Tensor:
-    return plain_experts.fused_experts(x, gate_up, down, topk_ids.long(), topk_weights)
 
 
 def _prepare_heads(at: Setting) -> Prepared:
@@ -517,13 +366,17 @@ CASES: tuple[KernelCase, ...] = (
     KernelCase(name="paged_attention-decode", prepare=_decode_attention, most_rows=_SAMPLED_ROWS),
     KernelCase(name="paged_attention-prefill", prepare=_prefill_attention, least_rows=16),
     KernelCase(
-        name="paged_attention-sdpa", prepare=_library_prefill, least_rows=16, is_library=True
+        name="paged_attention-sdpa", prepare=_library_prefill, least_rows=16, is_variant=True
     ),
     KernelCase(name="linear-o_proj", prepare=_linear(lambda s: s.hidden, lambda s: s.attended)),
     KernelCase(name="linear-router", prepare=_linear(lambda s: s.experts, lambda s: s.hidden)),
     KernelCase(name="route", prepare=_route),
-    KernelCase(name="fused_experts", prepare=_fused_experts),
-    KernelCase(name="fused_experts-grouped_mm", prepare=_grouped_mm, is_library=True),
+    KernelCase(name="fused_experts", prepare=expert_cases.fused_experts),
+    KernelCase(name="fused_experts-fp8", prepare=expert_cases.fp8_weights, is_variant=True),
+    KernelCase(
+        name="fused_experts-fp8_rows", prepare=expert_cases.fp8_weights_and_rows, is_variant=True
+    ),
+    KernelCase(name="fused_experts-grouped_mm", prepare=expert_cases.grouped_mm, is_variant=True),
     KernelCase(
         name="linear-lm_head",
         prepare=_linear(lambda s: s.vocab, lambda s: s.hidden),

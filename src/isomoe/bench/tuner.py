@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from isomoe.bench.kernel_bench import Checker, prepare, run_seconds
-from isomoe.bench.kernel_cases import KernelCase, Prepared, Setting
+from isomoe.bench.kernel_cases import KernelCase
+from isomoe.bench.kernel_setting import Prepared, Setting
 from isomoe.kernels.gpu import configs
 from isomoe.kernels.gpu.configs import Config
 
@@ -124,7 +125,11 @@ def _candidates() -> Mapping[str, _Candidates]:
     from isomoe.kernels.gpu.sampling import CHOSEN, DRAW, GREEDY
     from isomoe.kernels.gpu.sampling import candidates as of_sampling
 
-    # Shapes: (H,) of norms, (N, K) of linear, (E, K, H, I) of experts, (V,) of sampling.
+    def widths(shape: tuple[int, ...]) -> tuple[int, int]:
+        return (shape[4], shape[5]) if len(shape) > 4 else (2, 2)
+
+    # Shapes: (H,) of norms, (N, K) of linear, (E, K, H, I) of experts, followed by bytes of a
+    # weight and of a row's value where they are not bf16, (V,) of sampling.
     return {
         NORM: lambda shape, rows, _: of_norm(rows, *shape),
         ADD_NORM: lambda shape, rows, _: of_norm(rows, *shape),
@@ -135,8 +140,12 @@ def _candidates() -> Mapping[str, _Candidates]:
         "prefill_attention": lambda _, rows, __: attention_prefill.candidates(rows),
         few.GATE_UP: lambda shape, _, __: few.gate_up_candidates(shape[2]),
         few.DOWN: lambda shape, _, __: few.down_candidates(shape[3], shape[1]),
-        grouped.GATE_UP: lambda shape, rows, _: tiles.gate_up_candidates(rows * shape[1], shape[0]),
-        grouped.DOWN: lambda shape, rows, _: tiles.down_candidates(rows * shape[1], shape[0]),
+        grouped.GATE_UP: lambda shape, rows, _: tiles.gate_up_candidates(
+            rows * shape[1], shape[0], widths(shape)
+        ),
+        grouped.DOWN: lambda shape, rows, _: tiles.down_candidates(
+            rows * shape[1], shape[0], widths(shape)
+        ),
         GREEDY: lambda shape, rows, _: of_sampling(rows, *shape),
         CHOSEN: lambda shape, rows, _: of_sampling(rows, *shape),
         DRAW: lambda shape, rows, _: of_sampling(rows, *shape),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from isomoe.bench.kernel_bench import Timing
-    from isomoe.bench.kernel_cases import Setting
+    from isomoe.bench.kernel_setting import Setting
 
 NAME = "kernel"
 HELP = (
@@ -170,7 +170,7 @@ def settings_from(args: argparse.Namespace, gpu_rows: Sequence[int] = GPU_ROWS) 
     """
     import torch
 
-    from isomoe.bench.kernel_cases import Setting, Sizes
+    from isomoe.bench.kernel_setting import Setting, Sizes
     from isomoe.models import read_config
     from isomoe.weights import resolve
 

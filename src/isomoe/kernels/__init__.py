@@ -6,6 +6,7 @@ from isomoe.kernels.attention import (
     allocate_kv_cache,
     split_heads,
 )
+from isomoe.kernels.block_fp8 import BlockFp8, Fp8Rows
 from isomoe.kernels.dispatch import (
     add_rms_norm,
     attend,
@@ -50,8 +51,10 @@ __all__ = [
     "SWIGLU",
     "Activation",
     "AttentionBatch",
+    "BlockFp8",
     "ClampedSwiGlu",
     "ExpertForm",
+    "Fp8Rows",
     "Heads",
     "LinearScaling",
     "Llama3",

@@ -13,6 +13,7 @@ from isomoe.kernels import attention, experts, ffn, lightning, mla, norm, packed
 from isomoe.kernels import linear as dense
 from isomoe.kernels import routing as choice
 from isomoe.kernels.attention import AttentionBatch, Heads
+from isomoe.kernels.block_fp8 import ExpertMatrices, ExpertRows, Fp8Rows
 from isomoe.kernels.experts import PLAIN, ExpertForm
 from isomoe.kernels.ffn import SWIGLU, Activation
 from isomoe.kernels.linear import PackedLinear
@@ -94,15 +95,15 @@ def route(
 
 
 def fused_experts(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    x: ExpertRows,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
     topk_ids: Tensor,
     topk_weights: Tensor,
     form: ExpertForm = PLAIN,
 ) -> Tensor:
     """As `kernels.experts.fused_experts`, but in x's dtype on a GPU."""
-    if on_gpu(x):
+    if on_gpu(x.codes if isinstance(x, Fp8Rows) else x):
         from isomoe.kernels import gpu
 
         return gpu.fused_experts(x, gate_up, down, topk_ids, topk_weights, form)

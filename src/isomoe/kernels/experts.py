@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isomoe.kernels.block_fp8 import ExpertMatrices, ExpertRows, plain_matrices, plain_rows
 from isomoe.kernels.ffn import SWIGLU, Activation, gated
 from isomoe.kernels.linear import PackedLinear, linear, pack_linear
 
@@ -102,9 +103,9 @@ def pack_experts(gate_up: Tensor, down: Tensor, joined: bool = True) -> PackedEx
 
 
 def fused_experts(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    x: ExpertRows,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
     topk_ids: Tensor,
     topk_weights: Tensor,
     form: ExpertForm = PLAIN,
@@ -114,11 +115,15 @@ def fused_experts(
     x: [T, H] bf16 or fp32, finite in every row; gate_up: [E, 2I, H] (gate first) and
     down: [E, H, I] in x's dtype; topk_ids: [T, K] int64, local ids, distinct in a row, -1 for
     an expert of another rank or a padding row; topk_weights: [T, K] fp32, ignored where id is -1.
+    In FP8, gate_up is [E, 2, I, H]; weights and rows then count as their values in x's dtype.
 
     Matrix products accumulate in fp32 and give x's dtype; the weighted sum is fp32. Its order is
     fixed, so equal inputs give equal bits. A row depends on the other rows only through the
     choice of path and the matmul's own rounding.
     """
+    x = plain_rows(x)
+    gate_up = plain_matrices(gate_up, x.dtype).flatten(1, -2)
+    down = plain_matrices(down, x.dtype)
     num_rows, num_experts = x.shape[0], gate_up.shape[0]
     if num_rows == 0:
         return x.new_zeros(x.shape, dtype=torch.float32)
@@ -132,7 +137,7 @@ def fused_experts(
 
 
 def packed_experts(
-    x: Tensor,
+    x: ExpertRows,
     experts: PackedExperts,
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -143,6 +148,7 @@ def packed_experts(
     Where all experts are computed, the weighted sum over experts is part of the down projection:
     accumulated in fp32, rounded to x's dtype once, at its end.
     """
+    x = plain_rows(x)
     num_rows, num_experts = x.shape[0], len(experts.gate_up)
     if num_rows == 0:
         return x.new_zeros(x.shape, dtype=torch.float32)

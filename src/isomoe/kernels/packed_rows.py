@@ -35,7 +35,7 @@ def pack_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, hidden = x.shape
     padded = pad(x.float().contiguous(), (0, -hidden % FP8_RUN))
     runs = padded.view(rows, padded.shape[1] // FP8_RUN, FP8_RUN)
-    scales = _scale(runs.abs().amax(-1), E4M3_MAX)
+    scales = scale_to(runs.abs().amax(-1), E4M3_MAX)
     codes = (runs / scales.unsqueeze(-1)).to(torch.float8_e4m3fn)
     return codes.flatten(1)[:, :hidden].contiguous(), scales
 
@@ -66,7 +66,7 @@ def pack_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, hidden = x.shape
     runs = x.float().contiguous().view(rows, nvfp4_runs(hidden), NVFP4_RUN)
     largest = runs.abs().amax(-1)
-    row_scales = _scale(largest.amax(-1, keepdim=True), E4M3_MAX * E2M1_MAX)
+    row_scales = scale_to(largest.amax(-1, keepdim=True), E4M3_MAX * E2M1_MAX)
     run_scales = (largest / E2M1_MAX / row_scales).to(torch.float8_e4m3fn)
     steps = run_scales.float() * row_scales
     scaled = (runs / steps.masked_fill(steps == 0, torch.inf).unsqueeze(-1)).flatten(1)
@@ -101,7 +101,7 @@ def nvfp4_runs(hidden: int) -> int:
     return runs
 
 
-def _scale(largest: Tensor, most: float) -> Tensor:
+def scale_to(largest: Tensor, most: float) -> Tensor:
     """What takes `largest` to `most`. A subnormal scale would be too coarse: there it is 1."""
     scale = largest / most
     return scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 import gpu_interpreter  # noqa: F401
 from gpu_support import BOUND, DEVICE, ON_GPU, relative_error
-from isomoe.kernels import ClampedSwiGlu, ExpertForm, SwiGlu
+from isomoe.kernels import ClampedSwiGlu, ExpertForm, SwiGlu, packed_rows
+from isomoe.kernels.block_fp8 import BlockFp8, Fp8Rows
 from isomoe.kernels.experts import PLAIN
 from isomoe.kernels.gpu import experts_few, experts_grouped, grouped_tiles
 from isomoe.kernels.gpu.align import align
 from isomoe.kernels.gpu.configs import Config, trying
+from isomoe.kernels.gpu.expert_operands import MatrixOperand, RowOperand
 from isomoe.kernels.gpu.experts import fused_experts
-from isomoe.kernels.gpu.experts_grouped import grouped_experts
 from isomoe.kernels.gpu.experts_torch import grouped_mm_experts
 
 # The interpreter's numpy warns of NaN.
@@ -27,8 +28,14 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         gate_up = {"BLOCK_I": 16, "BLOCK_H": 64, "STAGES": 1, "UNROLL": 1, "num_warps": 1}
         down = {"BLOCK_H": 16, "BLOCK_I": 64, "STAGES": 1, "UNROLL": 1, "num_warps": 1}
-        monkeypatch.setattr(experts_few, "_default_gate_up", lambda hidden: gate_up)
-        monkeypatch.setattr(experts_few, "_default_down", lambda size: down)
+        monkeypatch.setattr(experts_few, "_default_gate_up", lambda *_: gate_up)
+        monkeypatch.setattr(experts_few, "_default_down", lambda *_: down)
+
+
+def grouped_experts(x, gate_up, down, *others) -> Tensor:
+    """Whatever the number of rows."""
+    operands = RowOperand.of(x), MatrixOperand.of(gate_up), MatrixOperand.of(down)
+    return experts_grouped.grouped_experts(*operands, *others)
 
 
 def draw_ids(rows: int, top_k: int, experts: int, absent: float = 0.25) -> Tensor:
@@ -193,6 +200,58 @@ def test_tiles(swap: int, tma: int, gate_block: int, down_block: int) -> None:
         check(inputs, grouped_experts)
 
 
+class InFp8:
+    """Inputs in FP8, and the values that they stand for, by the formats' definition."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], block: int, grain: int, rows: bool) -> None:
+        x, gate_up, down, *self.others = inputs
+        experts, hidden, size = down.shape
+        # Scales that differ a lot, so that a wrong one shows.
+        matrices = gate_up.view(experts, 2, size, hidden)
+        self.gate_up = self.in_blocks(matrices, (grain, block))
+        self.down = self.in_blocks(down, (block, grain))
+        self.meant_x = x
+        self.x: Tensor | Fp8Rows = x.to(DEVICE)
+        if rows:
+            codes, scales = packed_rows.pack_fp8(x.nan_to_num())
+            self.meant_x = codes.float() * scales.repeat_interleave(128, 1)[:, :hidden]
+            self.x = Fp8Rows(codes=codes.to(DEVICE), scales=scales.to(DEVICE), dtype=x.dtype)
+
+    def in_blocks(self, weight: Tensor, block: tuple[int, int]) -> tuple[BlockFp8, Tensor]:
+        paired = weight.dim() == 4
+        found = BlockFp8.zeros(*weight.shape, block=block, device=DEVICE, paired=paired)
+        scales = torch.exp2(torch.randint(-8, -3, found.scales.shape).float()) * 1.1
+        codes = (torch.randn(weight.shape) * 4).to(torch.float8_e4m3fn)
+        found.codes.copy_(codes)
+        found.scales.copy_(scales)
+        *_, rows, columns = weight.shape
+        spread = scales.repeat_interleave(block[0], -2)[..., :rows, :]
+        spread = spread.repeat_interleave(block[1], -1)[..., :columns]
+        return found, codes.double() * spread.double()
+
+    def check(self, fused, form: ExpertForm = PLAIN) -> None:
+        (gate_up, meant_gate_up), (down, meant_down) = self.gate_up, self.down
+        out = fused(self.x, gate_up, down, *(other.to(DEVICE) for other in self.others), form)
+        meant = self.meant_x, meant_gate_up.flatten(1, 2), meant_down, *self.others
+        assert relative_error(out, reference(*meant, form)) < BOUND[out.dtype]
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(
+    ("count", "hidden", "size", "block", "grain"),
+    [(2, 256, 64, 128, 128), (2, 208, 96, 64, 32), (21, 256, 192, 128, 64), (21, 144, 72, 32, 16)],
+)
+def test_fp8(count: int, hidden: int, size: int, block: int, grain: int, rows: bool) -> None:
+    inputs = make(count, 3, 12, hidden, size, torch.bfloat16)
+    given = InFp8(inputs, block, grain, rows)
+    given.check(fused_experts)
+    given.check(fused_experts, ExpertForm(activation=SwiGlu(limit=0.7), scales_input=True))
+    for swap, tma in ((0, 0), (1, 1)):
+        config = {**grouped_tiles.FP32, "BLOCK_N": 64, "BLOCK_K": 64, "SWAP": swap, "TMA": tma}
+        with trying(experts_grouped.GATE_UP, config), trying(experts_grouped.DOWN, config):
+            given.check(grouped_experts)
+
+
 @pytest.mark.parametrize("stages", [1, 3])
 def test_few_rows_tiles(stages: int) -> None:
     inputs = make(2, 4, 16, 160, 40, torch.bfloat16)
@@ -210,7 +269,7 @@ def test_many_pairs_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_candidates() -> None:
     for pairs in (512, 4096, 131072):
         for candidates in (grouped_tiles.gate_up_candidates, grouped_tiles.down_candidates):
-            found = list(candidates(pairs, 128))
+            found = list(candidates(pairs, 128, (2, 2)))
             assert 10 <= len(found) <= 60
             assert all(config.keys() == grouped_tiles.FP32.keys() for config in found)
     assert 10 <= len(list(experts_few.gate_up_candidates(2048))) <= 60

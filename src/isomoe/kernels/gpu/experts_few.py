@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isomoe.kernels.experts import PLAIN, ExpertForm
 from isomoe.kernels.gpu.configs import Config, find
+from isomoe.kernels.gpu.expert_operands import MatrixOperand, RowOperand, tuned_shape
 from isomoe.kernels.gpu.ffn import activated, activation_kind
 from isomoe.kernels.gpu.launch import overlapped
 
@@ -23,44 +24,51 @@ DOWN = "experts_few_down"
 
 
 def few_rows_experts(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    x: RowOperand,
+    gate_up: MatrixOperand,
+    down: MatrixOperand,
     topk_ids: Tensor,
     topk_weights: Tensor,
     form: ExpertForm = PLAIN,
 ) -> Tensor:
     """`fused_experts` for rows that hardly share an expert."""
-    rows, hidden = x.shape
-    experts, _, size = down.shape
+    rows, hidden = x.values.shape
+    experts, _, size = down.values.shape
     top_k = topk_ids.shape[1]
-    shape = (experts, top_k, hidden, size)
-    act = torch.empty((rows * top_k, size), dtype=x.dtype, device=x.device)
-    out = torch.empty_like(x)
-    config = find(GATE_UP, shape, rows, _default_gate_up(hidden))
+    shape = tuned_shape(x, gate_up, experts, top_k, hidden, size)
+    act = torch.empty((rows * top_k, size), dtype=x.dtype, device=topk_ids.device)
+    out = torch.empty((rows, hidden), dtype=x.dtype, device=topk_ids.device)
+    config = find(GATE_UP, shape, rows, _default_gate_up(hidden, _vector(gate_up)))
     _few_gate_up[(triton.cdiv(size, config["BLOCK_I"]), rows * top_k)](
-        x,
-        gate_up,
+        x.values,
+        x.scales,
+        gate_up.values,
+        gate_up.scales,
         topk_ids,
         topk_weights,
-        gate_up if form.gate_up_bias is None else form.gate_up_bias,
+        topk_weights if form.gate_up_bias is None else form.gate_up_bias,
         act,
         TOP_K=top_k,
         H=hidden,
         SIZE=size,
         SCALED=form.scales_input,
         BIASED=form.gate_up_bias is not None,
+        X_RUN=x.run,
+        RUN_N=gate_up.block[0],
+        RUN_K=gate_up.block[1],
+        VECTOR=_vector(gate_up),
         **activation_kind(form.activation),
         **config,
         **overlapped(),
     )
-    config = find(DOWN, shape, rows, _default_down(size))
+    config = find(DOWN, shape, rows, _default_down(size, _vector(down)))
     _few_down[(triton.cdiv(hidden, config["BLOCK_H"]), rows)](
         act,
-        down,
+        down.values,
+        down.scales,
         topk_ids,
         topk_weights,
-        down if form.down_bias is None else form.down_bias,
+        topk_weights if form.down_bias is None else form.down_bias,
         out,
         TOP_K=top_k,
         BLOCK_K=triton.next_power_of_2(top_k),
@@ -68,20 +76,33 @@ def few_rows_experts(
         SIZE=size,
         SCALED=form.scales_input,
         BIASED=form.down_bias is not None,
+        RUN_N=down.block[0],
+        RUN_K=down.block[1],
+        VECTOR=_vector(down),
         **config,
         **overlapped(),
     )
     return out
 
 
-def _default_gate_up(hidden: int) -> Config:
+def _vector(weight: MatrixOperand) -> int:
+    """Neighbouring values of a row that a thread loads at once; they share a scale."""
+    return 16 if weight.block[1] else 8
+
+
+def _default_gate_up(hidden: int, vector: int) -> Config:
+    if vector > 8:  # what is under way at once are bytes
+        block = min(1024, max(64, triton.next_power_of_2(hidden)))
+        return _tile("BLOCK_I", 4, "BLOCK_H", block, 2, 1, 1)
     # A warp is a program: all its loads are under way at once, and nothing waits for a barrier.
     block = min(2048, max(64, triton.next_power_of_2(hidden)))
     return _tile("BLOCK_I", 1, "BLOCK_H", block, 1, 1, 1)
 
 
-def _default_down(size: int) -> Config:
+def _default_down(size: int, vector: int) -> Config:
     block = min(256, max(64, triton.next_power_of_2(size)))
+    if vector > 8:
+        return _tile("BLOCK_H", 4, "BLOCK_I", block, 2, 1, 1)
     return _tile("BLOCK_H", 1, "BLOCK_I", block, 4, 1, min(4, triton.cdiv(size, block)))
 
 
@@ -130,7 +151,9 @@ def _candidates(
 @triton.jit  # type: ignore[untyped-decorator]
 def _few_gate_up(  # type: ignore[no-untyped-def]
     x_ptr,
+    x_scales_ptr,
     gate_up_ptr,
+    scales_ptr,
     ids_ptr,
     weights_ptr,
     bias_ptr,
@@ -140,6 +163,10 @@ def _few_gate_up(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
+    X_RUN: tl.constexpr,
+    RUN_N: tl.constexpr,
+    RUN_K: tl.constexpr,
+    VECTOR: tl.constexpr,
     KIND: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -160,12 +187,20 @@ def _few_gate_up(  # type: ignore[no-untyped-def]
     unit = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     # Beyond the last row, the last again: a load without a mask.
     unit_read = unit if SIZE % BLOCK_I == 0 else tl.minimum(unit, SIZE - 1)
-    gate_rows = gate_up_ptr + expert * (2 * SIZE * H) + (unit_read * H)[:, None]
-    up_rows = gate_rows + SIZE * H
+    # In FP8 the rows of gate and up take turns.
+    ROW: tl.constexpr = 2 * H if RUN_K else H
+    gate_rows = gate_up_ptr + expert * (2 * SIZE * H) + (unit_read * ROW)[:, None]
+    up_rows = gate_rows + (H if RUN_K else SIZE * H)
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * H
-    # Eight neighbours, a thread's load, are added at once: an eighth of the accumulators.
-    gate = tl.zeros((BLOCK_I, BLOCK_H // 8), tl.float32)
-    up = tl.zeros((BLOCK_I, BLOCK_H // 8), tl.float32)
+    # Neighbours, a thread's load, are added at once: so many fewer accumulators.
+    GROUPS: tl.constexpr = BLOCK_H // VECTOR
+    gate = tl.zeros((BLOCK_I, GROUPS), tl.float32)
+    up = tl.zeros((BLOCK_I, GROUPS), tl.float32)
+    if RUN_K:
+        RUNS_N: tl.constexpr = (SIZE + RUN_N - 1) // RUN_N
+        RUNS_K: tl.constexpr = (H + RUN_K - 1) // RUN_K
+        gate_scales = scales_ptr + expert * (2 * RUNS_N * RUNS_K)
+        up_scales = gate_scales + RUNS_N * RUNS_K
     for start in tl.range(0, H, BLOCK_H, num_stages=STAGES, loop_unroll_factor=UNROLL):
         at = start + tl.arange(0, BLOCK_H)
         if H % BLOCK_H == 0:
@@ -177,11 +212,22 @@ def _few_gate_up(  # type: ignore[no-untyped-def]
             x = tl.load(x_row + at, mask=inside, other=0.0)
             gate_weights = tl.load(gate_rows + at[None, :], mask=inside[None, :], other=0.0)
             up_weights = tl.load(up_rows + at[None, :], mask=inside[None, :], other=0.0)
-        x = x.to(tl.float32)[None, :]
-        gate += tl.sum(
-            tl.reshape(gate_weights.to(tl.float32) * x, (BLOCK_I, BLOCK_H // 8, 8)), axis=2
-        )
-        up += tl.sum(tl.reshape(up_weights.to(tl.float32) * x, (BLOCK_I, BLOCK_H // 8, 8)), axis=2)
+        x = x.to(tl.float32)
+        if X_RUN:
+            RUNS: tl.constexpr = (H + X_RUN - 1) // X_RUN
+            x_scales = x_scales_ptr + (pair // TOP_K).to(tl.int64) * RUNS
+            x *= tl.load(x_scales + tl.minimum(at, H - 1) // X_RUN)
+        gate_part = gate_weights.to(tl.float32) * x[None, :]
+        gate_part = tl.sum(tl.reshape(gate_part, (BLOCK_I, GROUPS, VECTOR)), axis=2)
+        up_part = up_weights.to(tl.float32) * x[None, :]
+        up_part = tl.sum(tl.reshape(up_part, (BLOCK_I, GROUPS, VECTOR)), axis=2)
+        if RUN_K:
+            group = tl.minimum(start + tl.arange(0, GROUPS) * VECTOR, H - 1)
+            scale_at = (unit_read // RUN_N * RUNS_K)[:, None] + (group // RUN_K)[None, :]
+            gate_part *= tl.load(gate_scales + scale_at)
+            up_part *= tl.load(up_scales + scale_at)
+        gate += gate_part
+        up += up_part
     gate_sum = tl.sum(gate, axis=1)
     up_sum = tl.sum(up, axis=1)
     if SCALED:
@@ -202,6 +248,7 @@ def _few_gate_up(  # type: ignore[no-untyped-def]
 def _few_down(  # type: ignore[no-untyped-def]
     act_ptr,
     down_ptr,
+    scales_ptr,
     ids_ptr,
     weights_ptr,
     bias_ptr,
@@ -212,6 +259,9 @@ def _few_down(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
+    RUN_N: tl.constexpr,
+    RUN_K: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
@@ -241,7 +291,13 @@ def _few_down(  # type: ignore[no-untyped-def]
     unit_read = unit if H % BLOCK_H == 0 else tl.minimum(unit, H - 1)
     tiles = down_ptr + (expert * (H * SIZE))[None, :, None] + (unit_read * SIZE)[:, None, None]
     acts = act_ptr + ((row * TOP_K + tl.minimum(k, TOP_K - 1)) * SIZE)[:, None]
-    total = tl.zeros((BLOCK_H, BLOCK_K, BLOCK_I // 8), tl.float32)
+    GROUPS: tl.constexpr = BLOCK_I // VECTOR
+    total = tl.zeros((BLOCK_H, BLOCK_K, GROUPS), tl.float32)
+    if RUN_K:
+        RUNS_N: tl.constexpr = (H + RUN_N - 1) // RUN_N
+        RUNS_K: tl.constexpr = (SIZE + RUN_K - 1) // RUN_K
+        scales = expert[None, :] * (RUNS_N * RUNS_K) + (unit_read // RUN_N * RUNS_K)[:, None]
+        scales = scales_ptr + scales[:, :, None]
     for start in tl.range(0, SIZE, BLOCK_I, num_stages=STAGES, loop_unroll_factor=UNROLL):
         at = start + tl.arange(0, BLOCK_I)
         if SIZE % BLOCK_I == 0:
@@ -252,7 +308,11 @@ def _few_down(  # type: ignore[no-untyped-def]
             act = tl.load(acts + at[None, :], mask=inside[None, :], other=0.0)
             weights = tl.load(tiles + at[None, None, :], mask=inside[None, None, :], other=0.0)
         product = weights.to(tl.float32) * act.to(tl.float32)[None, :, :]
-        total += tl.sum(tl.reshape(product, (BLOCK_H, BLOCK_K, BLOCK_I // 8, 8)), axis=3)
+        part = tl.sum(tl.reshape(product, (BLOCK_H, BLOCK_K, GROUPS, VECTOR)), axis=3)
+        if RUN_K:
+            group = tl.minimum(start + tl.arange(0, GROUPS) * VECTOR, SIZE - 1)
+            part *= tl.load(scales + (group // RUN_K)[None, None, :])
+        total += part
     # What an absent expert gave, and its weight, may be anything, NaN too.
     each = tl.sum(total, axis=2)
     if BIASED:
