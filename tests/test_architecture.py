@@ -26,7 +26,7 @@ ALLOWED = {
     "stream": {"comm", "layout", "errors"},
     "blocks": {"blocks", "kernels", "layout", "errors"},
     "models": {"models", "blocks", "stream", "layout", "errors"},
-    "weights": {"weights", "blocks", "errors"},
+    "weights": {"weights", "blocks", "kernels", "errors"},
 }
 FORBIDDEN = {"engine": {"prove", "parity", "server", "cli", "bench", "eval"}}
 MAY_IMPORT_COMM = {"comm", "stream", "prove", "parity"}

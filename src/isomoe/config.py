@@ -39,6 +39,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class MoeWeightFormat(StrEnum):
+    """How experts' weights are kept; AUTO keeps FP8 as the checkpoint has it, on GPUs."""
+
+    AUTO = "auto"
+    NONE = "none"
+    FP8 = "fp8"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """The settings of one engine. What depends on the checkpoint is found out when it starts.
@@ -49,6 +57,7 @@ class EngineConfig:
         load_format: read the checkpoint's weights, or make random ones.
         dtype: of weights, activations and KV cache.
         device: what the workers run on.
+        moe_weight_format: how experts' weights are kept: in `dtype`, or in FP8.
         context_length: the most tokens of a request, prompt and output; None takes the model's.
         max_running_requests: the most requests that run at once in each attention-DP group.
         max_total_tokens: tokens that each rank's KV cache holds; None sizes it by memory.
@@ -86,6 +95,7 @@ class EngineConfig:
     load_format: LoadFormat = LoadFormat.AUTO
     dtype: DType = DType.AUTO
     device: Device = Device.AUTO
+    moe_weight_format: MoeWeightFormat = MoeWeightFormat.AUTO
     context_length: int | None = None
     max_running_requests: int = 256
     max_total_tokens: int | None = None
@@ -147,6 +157,8 @@ class EngineConfig:
         flags = self.parallelism.expert_flags
         if self.init_expert_location is not None:
             flags.append(f"--init-expert-location {self.init_expert_location}")
+        if self.moe_weight_format is MoeWeightFormat.FP8:
+            flags.append(f"--moe-weight-format {self.moe_weight_format}")
         if self.record_expert_load:
             flags.append("recording the experts' load")
         return flags

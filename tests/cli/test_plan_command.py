@@ -168,6 +168,9 @@ def test_a_file_without_a_right_plan_is_one_line_and_exit_code_two(
     assert errors.count("\n") == 1
 
 
+V3_EXPERTS = 58 * 256 * 3 * 7168 * 2048
+
+
 @pytest.mark.parametrize(
     ("name", "words", "weights", "kv", "state"),
     [
@@ -176,11 +179,14 @@ def test_a_file_without_a_right_plan_is_one_line_and_exit_code_two(
         # 4 KV heads, which ranks beyond the fourth hold copies of
         ("qwen3-30b-a3b", ("--tp", "4"), None, 48 * 2 * 1 * 128 * 2, 0),
         ("qwen3-30b-a3b", ("--tp", "8"), None, 48 * 2 * 1 * 128 * 2, 0),
-        # latents are on every rank; 671 B parameters, the routers' in fp32
+        # latents are on every rank; 671 B parameters, the routers' in fp32, the experts' in FP8
         (
             "deepseek-v3",
             (),
-            2 * (671_026_404_352 + 58 * 256 * 7168) + 58 * 256 * 4,
+            2 * (671_026_404_352 + 58 * 256 * 7168 - V3_EXPERTS)
+            + 58 * 256 * 4
+            + V3_EXPERTS
+            + 4 * V3_EXPERTS // 128**2,
             61 * (512 + 64) * 2,
             0,
         ),
@@ -203,13 +209,22 @@ def test_a_rank_keeps_a_sixteenth_of_the_experts_and_all_of_the_attention(plan: 
     one = document(plan, *words)["memory"]
     split = ("--tp", "16", "--attn-dp-size", "16", "--ep", "16")
     many = document(plan, *words, *split)["memory"]
-    experts = 2 * 58 * 256 * 3 * 7168 * 2048
+    experts = V3_EXPERTS + 4 * V3_EXPERTS // 128**2
     assert one["weight_bytes"] - experts < 16 * (many["weight_bytes"] - experts // 16)
     assert experts // 16 < many["weight_bytes"] < experts // 16 + (one["weight_bytes"] - experts)
     assert many["kv_bytes_per_token"] == one["kv_bytes_per_token"]
     code, out, _ = plan(*words, *split)
     assert code == 0
-    assert "memory of a rank: 107 GB of weights, 70.3 kB of KV cache a token (bfloat16)" in out
+    assert "70.3 kB of KV cache a token (bfloat16, experts in FP8)" in out
+
+
+def test_experts_in_fp8_are_a_gpus(plan: Plan) -> None:
+    words = ("--model-path", str(CONFIGS / "deepseek-v3.json"), "--rows", "1")
+    kept = document(plan, *words)["memory"]
+    dequantised = document(plan, *words, "--device", "cpu")["memory"]
+    assert (kept["fp8_experts"], dequantised["fp8_experts"]) == (True, False)
+    saved = V3_EXPERTS - 4 * V3_EXPERTS // 128**2
+    assert dequantised["weight_bytes"] - kept["weight_bytes"] == saved
 
 
 def test_memory_is_in_the_dtype_of_the_config(plan: Plan, tmp_path: Path) -> None:

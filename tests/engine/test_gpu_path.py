@@ -55,7 +55,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 LINEAR = import_module("isomoe.kernels.gpu.linear")  # the package has a function of that name
 
 
-def llm(folder: Path, device: str) -> LLM:
+def llm(folder: Path, device: str, **options: str) -> LLM:
     return LLM(
         str(folder),
         device=device,
@@ -63,6 +63,7 @@ def llm(folder: Path, device: str) -> LLM:
         chunked_prefill_size=8,
         max_total_tokens=512,
         dtype="float32",
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -94,6 +95,26 @@ def test_the_kernels_of_a_gpu_give_the_plain_ones_answers(
         assert isinstance(engine.core.executor, LocalExecutor)
         assert len(engine.core.executor.worker._sampler._open) <= 2, "answers are kept"
     assert unknown, "the host knew every token"
+    for one, other in zip(found, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert scores(one) == [
+            (token, pytest.approx(logprob, abs=1e-4)) for token, logprob in scores(other)
+        ]
+
+
+@pytest.mark.parametrize("wire", ["none", "fp8"])
+def test_experts_in_fp8_give_the_plain_kernels_answers(
+    wire: str, folder: Path, on_triton: Callable[[], str]
+) -> None:
+    """Packed rows meet packed weights there; here both count as their values."""
+    options = {"moe_weight_format": "fp8", "moe_wire_format": wire}
+    prompts, params = PROMPTS[::3], [PARAMS[0], PARAMS[3]]
+    with llm(folder, "cpu", **options) as plain:
+        expected = plain.generate(prompts, params)
+    with llm(folder, "cpu") as unrounded:
+        assert scores(unrounded.generate(prompts, params)[0]) != scores(expected[0])
+    with llm(folder, on_triton(), **options) as engine:
+        found = engine.generate(prompts, params)
     for one, other in zip(found, expected, strict=True):
         assert one.token_ids == other.token_ids
         assert scores(one) == [

@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from isomoe.config import EngineConfig, LoadFormat
+from isomoe.config import EngineConfig, LoadFormat, MoeWeightFormat
 from isomoe.engine import LLM, SamplingParams
-from isomoe.engine.model_info import ModelInfo
+from isomoe.engine.model_info import ModelInfo, expert_block
 from isomoe.errors import ConfigError
+from isomoe.models import read_config
+from isomoe.weights import read_quantization
 from isomoe.weights.quantization import Fp8, Mxfp4
 from quantised import MXFP4, change_config, fp8, quantise_fp8, save_mxfp4
 from support import save_random, tiny_config
@@ -50,6 +53,81 @@ def test_a_quantised_checkpoint_answers_as_its_values_do(quantised: Path, dtype:
     expected = answers(quantised.parent / "plain", dtype=dtype)
     assert len(expected) == len(PROMPTS)
     assert answers(quantised, dtype=dtype) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_kept_in_fp8_answer_as_their_values_do(quantised: Path, dtype: str) -> None:
+    if not isinstance(read_quantization(read_config(quantised)), Fp8):
+        pytest.skip("experts kept otherwise are rounded")
+    expected = answers(quantised.parent / "plain", dtype=dtype)
+    assert answers(quantised, dtype=dtype, moe_weight_format="fp8") == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "quantization", "device", "capability", "block"),
+    [
+        ("auto", Fp8((128, 128)), "cuda", (9, 0), 128),
+        ("auto", Fp8((128, 128)), "cuda", (8, 0), None),
+        ("auto", Fp8((128, 64)), "cuda", (9, 0), None),
+        ("auto", Fp8((128, 128)), "cpu", None, None),
+        ("auto", None, "cuda", (9, 0), None),
+        ("auto", Mxfp4(), "cuda", (9, 0), None),
+        ("none", Fp8((128, 128)), "cuda", (9, 0), None),
+        ("fp8", Fp8((64, 64)), "cuda", (8, 9), 64),
+        ("fp8", Fp8((64, 64)), "cpu", None, 64),
+        ("fp8", None, "cuda", (9, 0), 128),
+        ("fp8", Mxfp4(), "cpu", None, 128),
+    ],
+)
+def test_in_which_blocks_experts_are_kept(
+    asked: str,
+    quantization: Fp8 | Mxfp4 | None,
+    device: str,
+    capability: tuple[int, int] | None,
+    block: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert expert_block(MoeWeightFormat(asked), quantization, device) == block
+
+
+@pytest.mark.parametrize(
+    ("capability", "quantization", "message"),
+    [
+        ((8, 0), None, "capability 8.9; --moe-weight-format none works"),
+        ((9, 0), Fp8((128, 64)), "blocks of 128 x 64, and square ones can be kept"),
+    ],
+)
+def test_what_cannot_be_kept_in_fp8_is_refused(
+    capability: tuple[int, int],
+    quantization: Fp8 | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(ConfigError, match=message):
+        expert_block(MoeWeightFormat.FP8, quantization, "cuda")
+
+
+def test_shares_too_small_for_fp8_are_refused_before_any_worker_starts(folder: Path) -> None:
+    # 24 columns of an expert on two ranks: 12 each.
+    with pytest.raises(ConfigError, match="--moe-weight-format none would work"):
+        LLM(str(folder), device="cpu", moe_weight_format="fp8", tp_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["none", "fp8"])
+def test_ranks_with_experts_in_fp8_answer_alike(quantised: Path, wire: str) -> None:
+    options = {"dtype": "float32", "moe_weight_format": "fp8", "moe_wire_format": wire}
+    expected = answers(quantised, **options)
+    for layout in ({"tp_size": 2}, {"tp_size": 4, "attn_dp_size": 2, "ep_size": 2}):
+        for (ids, scored), (other, theirs) in zip(
+            answers(quantised, **options, **layout), expected, strict=True
+        ):
+            assert ids == other
+            assert [one.logprob for one in scored] == [
+                pytest.approx(one.logprob, abs=1e-4) for one in theirs
+            ]
 
 
 @pytest.mark.slow

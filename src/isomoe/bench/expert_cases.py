@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from isomoe.bench.kernel_setting import Prepared, Run, Setting
-from isomoe.kernels import BlockFp8, Fp8Rows, pack_fp8
+from isomoe.kernels import WEIGHT_BLOCK, BlockFp8, Fp8Rows, pack_fp8
 from isomoe.kernels import experts as plain_experts
 from isomoe.kernels import routing as plain_routing
-from isomoe.kernels.block_fp8 import WEIGHT_BLOCK
 
 
 def fused_experts(at: Setting) -> Prepared:

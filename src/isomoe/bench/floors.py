@@ -122,6 +122,7 @@ class ModelCounts:
         state_bytes: of a request, in all layers with linear attention.
         state_flops: operations of a row on them.
         item_bytes: of a parameter, and of a value in the cache.
+        expert_item_bytes: of a parameter of an expert.
     """
 
     hidden_size: int
@@ -139,10 +140,19 @@ class ModelCounts:
     state_bytes: int
     state_flops: int
     item_bytes: int
+    expert_item_bytes: float
 
     @classmethod
-    def of(cls, config: HFConfig, dtype: torch.dtype = torch.bfloat16) -> "ModelCounts":
+    def of(
+        cls,
+        config: HFConfig,
+        dtype: torch.dtype = torch.bfloat16,
+        expert_block: int | None = None,
+    ) -> "ModelCounts":
         """The counts of a checkpoint.
+
+        Args:
+            expert_block: rows and columns that share a scale, of experts kept in FP8.
 
         Raises:
             ConfigError: if no family runs it, or it is counted otherwise.
@@ -189,6 +199,7 @@ class ModelCounts:
             # Of each value in fp32: a product brings it up to date, another one reads it.
             state_flops=4 * state_bytes // 4,
             item_bytes=dtype.itemsize,
+            expert_item_bytes=dtype.itemsize if expert_block is None else 1 + 4 / expert_block**2,
         )
 
     @property
@@ -239,9 +250,9 @@ class ModelCounts:
             experts = self.expected_experts(rows)
         parameters = self.attention + self.norms + self.router + self.dense
         parameters += rows * self.hidden_size + self.lm_head
-        read = parameters + self.sparse_layers * experts * self.expert
+        of_experts = self.sparse_layers * experts * self.expert
         return Work(
-            weight_bytes=read * self.item_bytes,
+            weight_bytes=parameters * self.item_bytes + of_experts * self.expert_item_bytes,
             flops=rows * (self.row_flops + self.state_flops) + 2 * logits_rows * self.lm_head,
         )
 

@@ -21,7 +21,7 @@ from isomoe.blocks.expert_names import (
 )
 from isomoe.blocks.experts import ExpertWeights, SparseMoe
 from isomoe.blocks.ffn import Gated, GatedMLP, SigmoidGate
-from isomoe.blocks.leaf import Leaf, WeightSlice
+from isomoe.blocks.leaf import Fp8Part, Leaf, WeightSlice
 from isomoe.blocks.lightning import GatedGroupNorm, LightningAttention, LightningCore
 from isomoe.blocks.linear import Linear, Part, Router, RowLinear
 from isomoe.blocks.mla import LatentAttention, LatentCore, LowRankQuery
@@ -44,6 +44,7 @@ from isomoe.kernels import (
 )
 
 __all__ = [
+    "Fp8Part",
     "CAUSAL",
     "SWIGLU",
     "ClampedSwiGlu",

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class ExpertShard:
     Attributes:
         held: the expert in each slot.
         width: [start, stop) of each expert's columns.
-        gate_up: [L, 2I, H], gate first; down: [L, H, I]; of this rank.
+        gate, up: [L, I, H]; down: [L, H, I]; of this rank.
         gate_up_bias, down_bias: [L, 2I] and [L, H], or None.
         bias_here: whether this rank adds the down projections' bias.
     """
@@ -29,7 +30,8 @@ class ExpertShard:
     intermediate_size: int
     held: tuple[int, ...]
     width: tuple[int, int]
-    gate_up: Tensor
+    gate: Tensor
+    up: Tensor
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
@@ -63,6 +65,10 @@ class ExpertNames(ABC):
 
     has_bias: bool = False
 
+    def grain(self, block: int, width: int, whole: int) -> int:
+        """Columns of a shard that share a scale, wherever it starts, of blocks of `block`."""
+        return block if width == whole else gcd(block, width)
+
     @abstractmethod
     def slices(self, shard: ExpertShard) -> Iterator[WeightSlice]:
         """Where the shard's tensors come from."""
@@ -81,10 +87,9 @@ class PerExpert(ExpertNames):
         full = (shard.intermediate_size, shard.hidden_size)
         absent = set(range(shard.num_experts)) - set(shard.held)
         for slot, expert in (*enumerate(shard.held), *((0, expert) for expert in sorted(absent))):
-            gate, up = shard.gate_up[slot].chunk(2)
             for which, shape, index, out in (
-                (self.gate, full, (mine, _ALL), gate),
-                (self.up, full, (mine, _ALL), up),
+                (self.gate, full, (mine, _ALL), shard.gate[slot]),
+                (self.up, full, (mine, _ALL), shard.up[slot]),
                 (self.down, full[::-1], (_ALL, mine), shard.down[slot]),
             ):
                 kept = WeightSlice(f"{shard.name}.{expert}.{which}.weight", shape, index, out)
@@ -103,9 +108,8 @@ class Stacked(ExpertNames):
     def slices(self, shard: ExpertShard) -> Iterator[WeightSlice]:
         mine = slice(*shard.width)
         shape = (shard.num_experts, shard.intermediate_size, shard.hidden_size)
-        gate, up = shard.gate_up.chunk(2, dim=1)
         for slots, experts in shard.parts():
-            for which, out in ((self.gate, gate), (self.up, up)):
+            for which, out in ((self.gate, shard.gate), (self.up, shard.up)):
                 name, index = f"{shard.name}.{which}.weight", (experts, mine, _ALL)
                 yield WeightSlice(name, shape, index, out[slots])
             yield WeightSlice(
@@ -128,11 +132,15 @@ class Transposed(ExpertNames):
     interleaved: bool = False
     has_bias: bool = False
 
+    def grain(self, block: int, width: int, whole: int) -> int:
+        """Finer where gate and up, in one matrix, have columns of both in a block."""
+        return gcd(super().grain(block, width, whole), block // 2 if self.interleaved else whole)
+
     def slices(self, shard: ExpertShard) -> Iterator[WeightSlice]:
         mine = slice(*shard.width)
         count, width, hidden = shard.num_experts, shard.intermediate_size, shard.hidden_size
         both, down = f"{shard.name}.gate_up_proj", f"{shard.name}.down_proj"
-        halves = list(zip(self._columns(shard), shard.gate_up.chunk(2, dim=1), strict=True))
+        halves = list(zip(self._columns(shard), (shard.gate, shard.up), strict=True))
         for slots, experts in shard.parts():
             for columns, out in halves:
                 index = (experts, _ALL, columns)

@@ -11,21 +11,27 @@ from isomoe.blocks.batch import Batch
 from isomoe.blocks.block import Block, Inner, rowwise_variants
 from isomoe.blocks.expert_load import ExpertLoad
 from isomoe.blocks.expert_names import PER_EXPERT, ExpertNames, ExpertShard
-from isomoe.blocks.leaf import Leaf, WeightSlice
+from isomoe.blocks.leaf import Fp8Part, Leaf, WeightSlice
 from isomoe.blocks.linear import Router
 from isomoe.blocks.ownership import Ownership
 from isomoe.blocks.wire import Pack, Unpack
 from isomoe.errors import ConfigError
 from isomoe.kernels import (
+    MIN_FP8_RUN,
     SWIGLU,
     Activation,
+    BlockFp8,
     ExpertForm,
+    ExpertMatrices,
+    Fp8Rows,
     PackedExperts,
     Routing,
     fused_experts,
+    on_gpu,
     pack_experts,
     packed_experts,
     packs,
+    plain_matrices,
     route,
 )
 from isomoe.layout import (
@@ -80,20 +86,56 @@ class ExpertWeights(Leaf):
         self.names = names
         self.form = form or ExpertForm()
         self.bias_here = bias_here
-        self.gate_up: Tensor
-        self.down: Tensor
+        self.block: int | None = None
+        self.gate_up: ExpertMatrices
+        self.down: ExpertMatrices
         self.packed: PackedExperts | None = None
 
+    def keep_in_fp8(self, block: int) -> None:
+        """Keeps the weights in FP8, with a scale for each square block. Before `allocate`.
+
+        Raises:
+            ConfigError: if this rank's part of a block is too small for the kernels.
+        """
+        width = self.width[1] - self.width[0]
+        grain = self.names.grain(block, width, self.intermediate_size)
+        if grain % MIN_FP8_RUN:
+            raise ConfigError(
+                f"--moe-weight-format fp8: {width} of {self.intermediate_size} columns of an "
+                f"expert cut its blocks into runs of {grain}, and kernels need {MIN_FP8_RUN}; "
+                "a smaller moe_tp or --moe-weight-format none would work"
+            )
+        self.block = block
+
     def pack(self) -> None:
-        if packs(self.gate_up):
-            self.packed = pack_experts(self.gate_up, self.down, joined=self.form.is_plain)
+        if isinstance(self.gate_up, BlockFp8) and on_gpu(self.gate_up.codes):
+            return
+        gate_up = plain_matrices(self.gate_up, self.dtype).flatten(1, -2)
+        down = plain_matrices(self.down, self.dtype)
+        if packs(gate_up):
+            self.packed = pack_experts(gate_up, down, joined=self.form.is_plain)
             del self.gate_up, self.down
+        else:
+            self.gate_up, self.down = gate_up, down
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         experts, width = len(self.held), self.width[1] - self.width[0]
         hidden = self.hidden_size
-        self.gate_up = torch.zeros(experts, 2 * width, hidden, dtype=dtype, device=device)
-        self.down = torch.zeros(experts, hidden, width, dtype=dtype, device=device)
+        self.dtype = dtype
+        if self.block is None:
+            self.gate_up = torch.zeros(experts, 2 * width, hidden, dtype=dtype, device=device)
+            self.down = torch.zeros(experts, hidden, width, dtype=dtype, device=device)
+        else:
+            grain = self.names.grain(self.block, width, self.intermediate_size)
+            self.gate_up = BlockFp8.zeros(
+                *(experts, 2, width, hidden),
+                block=(grain, self.block),
+                device=device,
+                paired=True,
+            )
+            self.down = BlockFp8.zeros(
+                *(experts, hidden, width), block=(self.block, grain), device=device
+            )
         if self.names.has_bias:
             self.form = replace(
                 self.form,
@@ -102,6 +144,22 @@ class ExpertWeights(Leaf):
             )
 
     def slices(self) -> Iterator[WeightSlice]:
+        match self.gate_up, self.down:
+            case Tensor() as gate_up, Tensor() as down:
+                gate, up = gate_up.chunk(2, dim=1)
+                yield from self._slices(gate, up, down, self.form)
+            case BlockFp8() as gate_up, BlockFp8() as down if self.block is not None:
+                (gate, up), (gate_by, up_by) = gate_up.codes.unbind(1), gate_up.scales.unbind(1)
+                codes = Fp8Part(block=self.block, grain=gate_up.block[0], scales=False)
+                scales = replace(codes, scales=True)
+                for piece in self._slices(gate, up, down.codes, self.form):
+                    yield replace(piece, fp8=codes) if piece.out.dtype == gate.dtype else piece
+                for piece in self._slices(gate_by, up_by, down.scales, ExpertForm()):
+                    yield replace(piece, fp8=scales)
+
+    def _slices(
+        self, gate: Tensor, up: Tensor, down: Tensor, biases: ExpertForm
+    ) -> Iterator[WeightSlice]:
         shard = ExpertShard(
             name=self.name,
             num_experts=self.num_experts,
@@ -109,10 +167,11 @@ class ExpertWeights(Leaf):
             intermediate_size=self.intermediate_size,
             held=self.held,
             width=self.width,
-            gate_up=self.gate_up,
-            down=self.down,
-            gate_up_bias=self.form.gate_up_bias,
-            down_bias=self.form.down_bias,
+            gate=gate,
+            up=up,
+            down=down,
+            gate_up_bias=biases.gate_up_bias,
+            down_bias=biases.down_bias,
             bias_here=self.bias_here,
         )
         return self.names.slices(shard)
@@ -120,7 +179,7 @@ class ExpertWeights(Leaf):
     def forward(self, *args: Any) -> Tensor:
         """x: [T, hidden], local ids: [T, K] (-1: not here), weights: [T, K] -> [T, hidden].
 
-        fp32 on a CPU, in x's dtype on a GPU.
+        x may be in FP8. fp32 on a CPU, in x's dtype on a GPU.
         """
         x, local_ids, topk_weights = args
         if self.packed is not None:
@@ -247,7 +306,14 @@ class SparseMoe(Block):
         """What this rank's experts make of rows in the wire format."""
         if self.load is not None:
             self.load.add(slots)
-        return self.experts(self.unpack(values, dtype), slots, weights)
+        return self.experts(self._experts_rows(values, dtype), slots, weights)
+
+    def _experts_rows(self, values: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | Fp8Rows:
+        """Packed rows meet packed weights as they are; others are unpacked."""
+        if self.pack.form is WireFormat.FP8 and self.experts.block is not None:
+            codes, scales = values
+            return Fp8Rows(codes=codes, scales=scales, dtype=dtype)
+        return self.unpack(values, dtype)
 
     def route(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of all rows of the step: weights [T, K], and slots of this rank [T, K], -1 for experts of

@@ -9,6 +9,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Part:
+    """What a slice takes of a matrix in FP8, instead of its values.
+
+    Attributes:
+        block: rows and columns of it that share a scale.
+        grain: a divisor, for a dim whose slice cuts blocks: no run of so many lies in two.
+        scales: the scales, else the codes.
+    """
+
+    block: int
+    grain: int
+    scales: bool
+
+
+@dataclass(frozen=True, slots=True)
 class WeightSlice:
     """The part of one checkpoint tensor that a rank keeps, and where it goes.
 
@@ -18,6 +33,8 @@ class WeightSlice:
         index: one slice for each dim of it; steps may be more than 1.
         out: the view to fill, transposed or not; its shape is that of the slice.
         plus: added in fp32 to what is read, such as the one that zero-centred norms lack.
+        fp8: what `out` takes of it, if it is kept in FP8; None: its values. Of scales it takes, in
+            each dim, one for each block or for each grain, whichever it has room for.
     """
 
     source: str
@@ -25,6 +42,7 @@ class WeightSlice:
     index: tuple[slice, ...]
     out: Tensor
     plus: float = 0.0
+    fp8: Fp8Part | None = None
 
     def nothing(self) -> "WeightSlice":
         """The same tensor of the checkpoint, of which this rank keeps nothing."""

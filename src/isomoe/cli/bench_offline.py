@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--trace: needs --profile-steps above 0")
     config = replace(engine_config_from(args), disable_radix_cache=True)
     info = ModelInfo.of(config)
-    counts = ModelCounts.of(info.hf_config, getattr(torch, info.dtype))
+    counts = ModelCounts.of(info.hf_config, getattr(torch, info.dtype), info.expert_block)
     workloads = _workloads(args, info.device)
     for workload in workloads:
         check_context(info, workload)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from isomoe.config import Device, DType, EngineConfig, LoadFormat, choice
+from isomoe.config import Device, DType, EngineConfig, LoadFormat, MoeWeightFormat, choice
 from isomoe.errors import ConfigError
 from isomoe.layout import A2ABackend, Parallelism, WireFormat
 
@@ -240,6 +240,14 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="of dummy weights, and of sampling without a seed (default: %(default)s)",
     )
     group.add_argument(
+        "--moe-weight-format",
+        default=str(default.moe_weight_format),
+        metavar="FORMAT",
+        help="how experts' weights are kept: none (in --dtype), fp8 (with a scale for each block; "
+        "rounded if the checkpoint has others), or auto, which keeps those of an FP8 checkpoint on "
+        "GPUs (default: %(default)s)",
+    )
+    group.add_argument(
         "--deepep-mode",
         default=default.deepep_mode,
         metavar="MODE",
@@ -286,6 +294,7 @@ def engine_config_from(args: argparse.Namespace, layout: Parallelism | None = No
         disable_overlap_schedule=args.disable_overlap_schedule,
         watchdog_timeout_seconds=args.watchdog_timeout_seconds,
         random_seed=args.random_seed,
+        moe_weight_format=choice(MoeWeightFormat, args.moe_weight_format, "--moe-weight-format"),
         deepep_mode=args.deepep_mode,
         init_expert_location=args.init_expert_location,
         plan=args.plan,

@@ -21,7 +21,7 @@ from isomoe.layout import (
 )
 from isomoe.models import build, read_config
 from isomoe.models.memory import RankMemory
-from isomoe.weights import resolve
+from isomoe.weights import Fp8, read_quantization, resolve
 
 NAME = "plan"
 HELP = (
@@ -62,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--rows {args.rows}: must be at least 1")
     layout = layout_from(args)
     path = resolve(args.model_path, weights=False)
-    model = build(read_config(path), layout)
+    config = read_config(path)
+    model = build(config, layout)
+    kept = read_quantization(config)
+    if args.device == "cuda" and isinstance(kept, Fp8) and kept.square is not None:
+        model.keep_experts_in_fp8(kept.square)  # as the engine does on GPUs
     memory = RankMemory.of(model)
     plan = _plan(args, model.chain)
     lost: Lost = alternatives(model.chain, plan) if args.explain else {}

@@ -155,4 +155,5 @@ def _memory_line(memory: RankMemory) -> str:
     ]
     if memory.state_bytes_per_request:
         parts.append(f"{scaled(memory.state_bytes_per_request, 'B')} of states a request")
-    return f"{', '.join(parts)} ({memory.dtype})"
+    dtype = f"{memory.dtype}{', experts in FP8' if memory.fp8_experts else ''}"
+    return f"{', '.join(parts)} ({dtype})"

@@ -45,6 +45,8 @@ def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
                 f"{layers} decoder layers, and needs as many"
             )
     model = build(info.hf_config, layout, rank, location=location)
+    if info.expert_block is not None:
+        model.keep_experts_in_fp8(info.expert_block)
     deepep = deepep_settings(config, info, model)
     if deepep is not None:
         total = config.max_running_requests + config.prefill_limits(info.device)[1]

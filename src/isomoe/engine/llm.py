@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from isomoe.config import Device, DType, EngineConfig, LoadFormat, choice
+from isomoe.config import Device, DType, EngineConfig, LoadFormat, MoeWeightFormat, choice
 from isomoe.engine.core import EngineCore
 from isomoe.engine.executor import Progress
 from isomoe.engine.intake import Intake
@@ -61,6 +61,7 @@ class LLM:
         disable_overlap_schedule: bool = False,
         watchdog_timeout_seconds: float = 300.0,
         random_seed: int = 0,
+        moe_weight_format: str = "auto",
         deepep_mode: str = "auto",
         init_expert_location: str | None = None,
         record_expert_load: bool = False,
@@ -96,6 +97,7 @@ class LLM:
             disable_overlap_schedule=disable_overlap_schedule,
             watchdog_timeout_seconds=watchdog_timeout_seconds,
             random_seed=random_seed,
+            moe_weight_format=choice(MoeWeightFormat, moe_weight_format, "--moe-weight-format"),
             deepep_mode=deepep_mode,
             init_expert_location=init_expert_location,
             record_expert_load=record_expert_load,

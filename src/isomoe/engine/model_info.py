@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from isomoe.config import Device, DType, EngineConfig, LoadFormat
+from isomoe.config import Device, DType, EngineConfig, LoadFormat, MoeWeightFormat
 from isomoe.engine.diffusion import check_request
 from isomoe.engine.grammar import GrammarFactory
 from isomoe.engine.kv_cache import pages_for
 from isomoe.engine.sampling_params import SamplingParams
 from isomoe.errors import ConfigError, RequestError
+from isomoe.kernels import WEIGHT_BLOCK
 from isomoe.models import BlockDiffusion, HFConfig, dtype_name, family_of, read_config
 from isomoe.tokenizer import Tokenizer, has_tokenizer
-from isomoe.weights import Quantization, read_quantization, resolve
+from isomoe.weights import Fp8, Quantization, read_quantization, resolve
 
 _LOG = logging.getLogger(__name__)
 _PAGE_SIZE = 16
+_FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class ModelInfo:
         dtype: the torch dtype's name.
         quantization: how the checkpoint's weights are kept; None if they are plain.
         device: cpu or cuda.
+        expert_block: rows and columns of experts' weights that share a scale, in FP8; None keeps
+            them in `dtype`.
         context_length: the most tokens of a request.
         page_size: tokens of a page of the KV cache.
         diffusion: how it fills in blocks; None for a model that appends one token after the other.
@@ -46,6 +50,7 @@ class ModelInfo:
     dtype: str
     quantization: Quantization | None
     device: str
+    expert_block: int | None
     context_length: int
     page_size: int
     diffusion: BlockDiffusion | None
@@ -69,14 +74,16 @@ class ModelInfo:
                 raise ConfigError(f"{folder}/config.json: {key!r} is missing")
         diffusion = family_of(hf_config).diffusion(hf_config)
         device = _device(config.device)
+        quantization = read_quantization(hf_config)
         if diffusion is not None:
             _check_diffusion(config, device, diffusion)
         return cls(
             folder=folder,
             hf_config=hf_config,
             dtype=dtype_name(hf_config) if config.dtype is DType.AUTO else str(config.dtype),
-            quantization=read_quantization(hf_config),
+            quantization=quantization,
             device=device,
+            expert_block=expert_block(config.moe_weight_format, quantization, device),
             context_length=_context_length(config.context_length, hf_config, diffusion),
             page_size=_page_size(config, diffusion),
             diffusion=diffusion,
@@ -105,6 +112,36 @@ def _lacks_for_cuda() -> str | None:
         return "torch sees no GPU here"
     if find_spec("triton") is None:
         return "Triton is missing, and pip install 'isomoe[gpu]' brings it"
+    return None
+
+
+def expert_block(
+    asked: MoeWeightFormat, quantization: Quantization | None, device: str
+) -> int | None:
+    """Rows and columns of a block of experts' weights; None keeps them in the model's dtype.
+
+    Raises:
+        ConfigError: if FP8 is asked for, and cannot be.
+    """
+    kept = quantization if isinstance(quantization, Fp8) else None
+    has_fp8 = device == Device.CUDA and torch.cuda.get_device_capability() >= _FP8_CAPABILITY
+    match asked:
+        case MoeWeightFormat.AUTO:
+            # On a CPU products are of values: codes would only be in the way.
+            return kept.square if kept is not None and has_fp8 else None
+        case MoeWeightFormat.FP8 if device == Device.CUDA and not has_fp8:
+            raise ConfigError(
+                "--moe-weight-format fp8: this GPU has no FP8 products, which came with capability "
+                "8.9; --moe-weight-format none works"
+            )
+        case MoeWeightFormat.FP8 if kept is not None and kept.square is None:
+            rows, columns = kept.block
+            raise ConfigError(
+                f"--moe-weight-format fp8: the checkpoint has blocks of {rows} x {columns}, and "
+                "square ones can be kept; --moe-weight-format none works"
+            )
+        case MoeWeightFormat.FP8:
+            return WEIGHT_BLOCK if kept is None else kept.square
     return None
 
 

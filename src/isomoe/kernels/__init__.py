@@ -6,7 +6,14 @@ from isomoe.kernels.attention import (
     allocate_kv_cache,
     split_heads,
 )
-from isomoe.kernels.block_fp8 import BlockFp8, Fp8Rows
+from isomoe.kernels.block_fp8 import (
+    MIN_FP8_RUN,
+    WEIGHT_BLOCK,
+    BlockFp8,
+    ExpertMatrices,
+    Fp8Rows,
+    plain_matrices,
+)
 from isomoe.kernels.dispatch import (
     add_rms_norm,
     attend,
@@ -48,12 +55,15 @@ from isomoe.kernels.span import CAUSAL, Span
 
 __all__ = [
     "CAUSAL",
+    "MIN_FP8_RUN",
     "SWIGLU",
+    "WEIGHT_BLOCK",
     "Activation",
     "AttentionBatch",
     "BlockFp8",
     "ClampedSwiGlu",
     "ExpertForm",
+    "ExpertMatrices",
     "Fp8Rows",
     "Heads",
     "LinearScaling",
@@ -88,6 +98,7 @@ __all__ = [
     "packed_experts",
     "packs",
     "paged_attention",
+    "plain_matrices",
     "rms_norm",
     "rope_rows",
     "rope_table",

@@ -12,6 +12,8 @@ from isomoe.kernels.packed_rows import E4M3_MAX, scale_to, unpack_fp8
 
 WEIGHT_BLOCK = 128
 """Rows and columns of a block where nothing else is said, as published checkpoints have them."""
+MIN_FP8_RUN = 16
+"""The fewest columns that share a scale: a thread's load, and a step of a bf16 product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

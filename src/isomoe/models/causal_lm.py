@@ -265,6 +265,16 @@ class CausalLM(ABC):
         for block in self.blocks():
             yield from block.leaves()
 
+    def keep_experts_in_fp8(self, block: int) -> None:
+        """Keeps all routed experts in FP8, with a scale for each square block. Before `allocate`.
+
+        Raises:
+            ConfigError: if the layout cuts blocks into parts that are too small.
+        """
+        for one in self.blocks():
+            if isinstance(one, SparseMoe):
+                one.experts.keep_in_fp8(block)
+
     def memories(self) -> list[Memory]:
         """The leaves that hold a KV cache, or recurrent states."""
         return [leaf for leaf in self.leaves() if isinstance(leaf, Memory)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from isomoe.blocks import SparseMoe
 from isomoe.models.causal_lm import CausalLM
 from isomoe.models.options import dtype_name
 
@@ -14,12 +15,14 @@ class RankMemory:
 
     Attributes:
         dtype: of the config.json; bfloat16 where it names none. Quantised weights are kept in it.
+        fp8_experts: whether experts are kept in FP8 all the same.
         weight_bytes: of all weights; some, such as a router's, may be fp32.
         kv_bytes_per_token: in the caches of all layers, of one of its attention group's tokens.
         state_bytes_per_request: in all layers with linear attention.
     """
 
     dtype: str
+    fp8_experts: bool
     weight_bytes: int
     kv_bytes_per_token: int
     state_bytes_per_request: int
@@ -38,6 +41,11 @@ class RankMemory:
         memories = model.memories()
         return cls(
             dtype=name,
+            fp8_experts=any(
+                block.experts.block is not None
+                for block in model.blocks()
+                if isinstance(block, SparseMoe)
+            ),
             weight_bytes=sum(kept.out.nbytes for kept in model.weight_slices()),
             kv_bytes_per_token=sum(memory.cache_bytes_per_token(dtype) for memory in memories),
             state_bytes_per_request=sum(memory.state_bytes() for memory in memories),

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from isomoe.blocks import WeightSlice
+from isomoe.blocks import Fp8Part, WeightSlice
 from isomoe.errors import CheckpointError
+from isomoe.kernels import BlockFp8
 from isomoe.weights.files import Box, TensorFiles
 from isomoe.weights.quantization import Quantization
 from isomoe.weights.stored import Stored, stored_tensors
@@ -110,7 +112,12 @@ def load_dummy(wanted: Iterable[WeightSlice], seed: int) -> None:
         norm = len(piece.shape) == 1 and not piece.source.endswith("bias")
         if offset := piece.plus or float(norm):
             full += offset
-        piece.out.copy_(full[piece.index])
+        if piece.fp8 is None:
+            piece.out.copy_(full[piece.index])
+        else:
+            whole = BlockFp8.of(full, (piece.fp8.block, piece.fp8.block))
+            origin = tuple((0, size) for size in piece.shape)
+            _take_fp8(piece, piece.fp8, (whole.codes, whole.scales), origin)
 
 
 def _misfits(tensor: Stored, pieces: list[WeightSlice]) -> list[str]:
@@ -123,21 +130,47 @@ def _misfits(tensor: Stored, pieces: list[WeightSlice]) -> list[str]:
 
 def _fill(tensor: Stored, pieces: list[WeightSlice]) -> None:
     """Fills one tensor's slices. What several of them cover is read once."""
-    sharing: dict[Box, list[WeightSlice]] = {}
+    sharing: dict[tuple[Box, int | None], list[WeightSlice]] = {}
     for whole in pieces:
         for piece in _matrices(whole):
-            sharing.setdefault(_covering(piece), []).append(piece)
-    for box, some in sharing.items():
-        part = tensor.read(box, some[0].out.device)
+            block = None if piece.fp8 is None else piece.fp8.block
+            sharing.setdefault((_covering(piece), block), []).append(piece)
+    for (box, block), some in sharing.items():
+        device = some[0].out.device
+        if block is not None:
+            matrix = tensor.read_fp8(box, block, device)
+            for piece in some:
+                assert piece.fp8 is not None
+                _take_fp8(piece, piece.fp8, matrix, box)
+            continue
+        part = tensor.read(box, device)
         for piece in some:
-            ranges = (one.indices(n) for one, n in zip(piece.index, piece.shape, strict=True))
-            kept = part[
-                tuple(
-                    slice(start - at, stop - at, step)
-                    for (start, stop, step), (at, _) in zip(ranges, box, strict=True)
-                )
-            ]
+            kept = part[_within(piece, box)]
             piece.out.copy_(kept.float() + piece.plus if piece.plus else kept)
+
+
+def _take_fp8(piece: WeightSlice, fp8: Fp8Part, matrix: tuple[Tensor, Tensor], box: Box) -> None:
+    """Fills a slice from the codes in a box, or from the scales of the blocks that it touches."""
+    codes, scales = matrix
+    if not fp8.scales:
+        piece.out.copy_(codes[_within(piece, box)])
+        return
+    for dim in (-2, -1):
+        kept, count = range(*piece.index[dim].indices(piece.shape[dim])), piece.out.shape[dim]
+        run = fp8.block if -(-len(kept) // fp8.block) == count else fp8.grain
+        at = torch.tensor(kept[::run], device=scales.device)
+        scales = scales.index_select(dim, at // fp8.block - box[dim][0] // fp8.block)
+    leading = _within(piece, box)[:-2]
+    piece.out.copy_(scales[leading])
+
+
+def _within(piece: WeightSlice, box: Box) -> tuple[slice, ...]:
+    """Where a slice lies in a box of its tensor."""
+    ranges = (one.indices(size) for one, size in zip(piece.index, piece.shape, strict=True))
+    return tuple(
+        slice(start - at, stop - at, step)
+        for (start, stop, step), (at, _) in zip(ranges, box, strict=True)
+    )
 
 
 def _matrices(piece: WeightSlice) -> Iterator[WeightSlice]:

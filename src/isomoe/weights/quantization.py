@@ -21,6 +21,12 @@ class Fp8:
 
     block: tuple[int, int]
 
+    @property
+    def square(self) -> int | None:
+        """Rows and columns of a block; None if they differ."""
+        rows, columns = self.block
+        return rows if rows == columns else None
+
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4:
@@ -33,9 +39,9 @@ Quantization = Fp8 | Mxfp4
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     """How the weights of a checkpoint are quantised; None if they are not.
 
-    Weights are dequantised when they are loaded. So the model computes as if it had been published
-    in the dtype that it is run in: activations are never quantised, whatever
-    `activation_scheme: dynamic` lets other engines do.
+    Weights are dequantised when they are loaded, or, of experts in FP8, on the way to a product. So
+    the model computes as if it had been published in the dtype that it is run in: activations are
+    not quantised, whatever `activation_scheme: dynamic` lets other engines do.
 
     Args:
         config: the content of the checkpoint's config.json.

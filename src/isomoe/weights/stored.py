@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from isomoe.kernels import BlockFp8
 from isomoe.weights.files import Box, TensorFiles
 from isomoe.weights.quantization import Fp8, Mxfp4, Quantization
 
@@ -43,6 +44,24 @@ class Stored(ABC):
         Args:
             device: where quantised values are dequantised; plain ones stay on the CPU.
         """
+
+    def read_fp8(self, box: Box, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A part of its matrices in FP8: codes, and scales of all square blocks that it touches.
+
+        What is kept otherwise is rounded, in whole blocks: ranks that share one agree on it.
+        """
+        *leading, rows, columns = box
+        within = [
+            (start // block * block, min(-(-stop // block) * block, size))
+            for (start, stop), size in zip((rows, columns), self.shape[-2:], strict=True)
+        ]
+        values = self.read((*leading, *within), device).to(device)
+        whole = BlockFp8.of(values, (block, block))
+        (top, _), (left, _) = within
+        codes = whole.codes[
+            ..., rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left
+        ]
+        return codes, whole.scales
 
     @abstractmethod
     def _misfits(self) -> list[str]: ...
@@ -87,16 +106,26 @@ class Fp8Tensor(Stored):
         return self.files.shape(self.name)
 
     def read(self, box: Box, device: torch.device) -> Tensor:
+        *_, rows, columns = box
+        scales = self._scales(box, device)
+        for dim, (start, stop), size in zip((-2, -1), (rows, columns), self.block, strict=True):
+            block_of = torch.arange(start, stop, device=device) // size - start // size
+            scales = scales.index_select(dim, block_of)
+        return scales.mul_(self.files.read(self.name, box).to(device).float())
+
+    def read_fp8(self, box: Box, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.block != (block, block):
+            return super().read_fp8(box, block, device)
+        return self.files.read(self.name, box).to(device), self._scales(box, device)
+
+    def _scales(self, box: Box, device: torch.device) -> Tensor:
+        """Of all blocks that it touches, fp32."""
         *leading, rows, columns = box
         blocks = [
             (start // size, -(-stop // size))
             for (start, stop), size in zip((rows, columns), self.block, strict=True)
         ]
-        scales = self.files.read(self.scales, (*leading, *blocks)).to(device).float()
-        for dim, (start, stop), size in zip((-2, -1), (rows, columns), self.block, strict=True):
-            block_of = torch.arange(start, stop, device=device) // size - start // size
-            scales = scales.index_select(dim, block_of)
-        return scales.mul_(self.files.read(self.name, box).to(device).float())
+        return self.files.read(self.scales, (*leading, *blocks)).to(device).float()
 
     def _misfits(self) -> list[str]:
         dtype, of_scales = self.files.dtype(self.name), self.files.dtype(self.scales)
