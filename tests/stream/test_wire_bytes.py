@@ -271,6 +271,27 @@ def bytes_of_a_row(case: Case, move: Move) -> int:
     return int(packed) + case.top_k * (4 + 4)
 
 
+@pytest.mark.parametrize(
+    ("groups", "kept", "top_k", "members"),
+    [(8, 4, 8, 8), (8, 4, 8, 4), (8, 3, 2, 2), (4, 2, 3, 8), (4, 1, 2, 8), (6, 4, 2, 3)],
+)
+def test_a_row_reaches_the_ranks_of_the_groups_that_it_keeps(
+    groups: int, kept: int, top_k: int, members: int
+) -> None:
+    """Counted: all choices of groups, and of each expert among those of a kept group."""
+    experts = groups * members  # so that ranks and groups hold whole ones
+    ranks = np.arange(experts) * members // experts
+    of_group = np.arange(experts) * groups // experts
+    reached = []
+    for chosen in combinations(range(groups), kept):
+        there = np.bincount(ranks[np.isin(of_group, chosen)], minlength=members)
+        share = there / there.sum()
+        reached.append((1 - (1 - share) ** top_k).mean())
+    bundle = Bundle(WireFormat.NONE, top_k, groups, kept)
+    expected = (members - 1) * np.mean(reached)
+    assert bundle.destinations(members) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("routed", ROUTED, ids=lambda routed: str(routed.layout))
 def test_a_claim_is_a_little_too_small_since_experts_of_a_row_are_distinct(routed: Routed) -> None:
     claimed, sent = independent(routed)[0], distinct(routed)[0]

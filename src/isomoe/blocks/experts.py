@@ -278,7 +278,7 @@ class SparseMoe(Block):
         self.unpack = Unpack(form)
         self.load: ExpertLoad | None = None
         self.spec = BlockSpec(
-            name=self.experts.name, kind="experts", variants=_variants(mesh, routing.top_k)
+            name=self.experts.name, kind="experts", variants=_variants(mesh, routing)
         )
 
     def __call__(self, x: Tensor, batch: Batch, inner: Inner) -> Tensor:
@@ -336,10 +336,11 @@ class SparseMoe(Block):
         return weights, self.ownership.copies_for(ids, start)
 
 
-def _variants(mesh: Mesh, top_k: int) -> tuple[Variant, ...]:
+def _variants(mesh: Mesh, routing: Routing) -> tuple[Variant, ...]:
     """The ways that the layout offers; the plan takes the cheapest."""
     layout = mesh.parallelism
-    bundle = Bundle(layout.moe_wire_format, top_k)
+    groups, kept = routing.num_groups, routing.kept_groups
+    bundle = Bundle(layout.moe_wire_format, routing.top_k, groups, kept if groups > 1 else 1)
     offered: list[Variant] = []
     if layout.moe_a2a_backend in (A2ABackend.NONE, A2ABackend.AUTO):
         offered += _gathered(mesh, bundle)

@@ -137,9 +137,10 @@ class Node:
         found = self.members(("op", "axes", "from", "to"), ("bundle",))
         bundle = None
         if "bundle" in found:
-            sent = found["bundle"].members(("format", "top_k"))
+            counts = ("top_k", "groups", "kept")
+            sent = found["bundle"].members(("format", *counts))
             form = WireFormat(sent["format"].one_of(tuple(WireFormat)))
-            bundle = Bundle(form, sent["top_k"].number(least=1))
+            bundle = Bundle(form, *(sent[count].number(least=1) for count in counts))
         op = Op(found["op"].one_of(tuple(Op)))
         axes = tuple(axis.number() for axis in found["axes"].items())
         before, after = found["from"].placement(mesh), found["to"].placement(mesh)

@@ -6,7 +6,7 @@ cannot be written down.
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cache
 from itertools import count
@@ -97,7 +97,7 @@ class Move:
             "to": str(self.after),
         }
         if self.bundle is not None:
-            shown["bundle"] = {"format": str(self.bundle.format), "top_k": self.bundle.top_k}
+            shown["bundle"] = {**asdict(self.bundle), "format": str(self.bundle.format)}
         return shown
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import comb
 
 FP8_RUN = 128
 """Columns that share a scale in `WireFormat.FP8`."""
@@ -29,10 +30,14 @@ class Bundle:
     Attributes:
         format: of its hidden state.
         top_k: experts that it chose.
+        groups: it chose them among some of so many groups of neighbouring experts,
+        kept: namely this many.
     """
 
     format: WireFormat
     top_k: int
+    groups: int = 1
+    kept: int = 1
 
     def row_bytes(self, row_values: int, wire_bytes: int) -> float:
         """Bytes of one row.
@@ -51,8 +56,25 @@ class Bundle:
         return hidden + self.top_k * _CHOICE_BYTES
 
     def destinations(self, members: int) -> float:
-        """Other ranks of a group that a row goes to on average, if it chooses experts evenly.
+        """Other ranks of a group that a row goes to on average, if it chooses evenly.
 
-        A row goes once to each rank that has any of its experts.
+        A row goes once to each rank that has any of its experts. It keeps any groups of experts
+        alike, and chooses among theirs independently; where ranks and groups cut one another, as if
+        all were kept.
         """
-        return (members - 1) * (1 - (1 - 1 / members) ** self.top_k)
+        whole, rest = divmod(self.groups, members)
+        if self.groups == 1 or (rest and members % self.groups):
+            passed_by = (1 - 1 / members) ** self.top_k
+        elif rest == 0:  # a rank has some groups whole
+            passed_by = sum(
+                comb(whole, here)
+                * comb(self.groups - whole, self.kept - here)
+                / comb(self.groups, self.kept)
+                * (1 - here / self.kept) ** self.top_k
+                for here in range(min(whole, self.kept) + 1)
+            )
+        else:  # or a part of one
+            part = self.groups / members / self.kept
+            kept = self.kept / self.groups
+            passed_by = 1 - kept + kept * (1 - part) ** self.top_k
+        return (members - 1) * (1 - passed_by)
