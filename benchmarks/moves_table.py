@@ -291,9 +291,16 @@ def rates() -> Iterator[str]:
             cells.append(
                 rate(alpha, 1e6 / (link.microseconds(op, setting.equal, RANKS, 1e6) - alpha))
             )
-        fused = setting.machine.fused if within else None
-        cells.append(rate(fused.scattered.alpha_us, fused.scattered.bytes_per_us) if fused else "-")
+        cells.append(fused_rate(setting) if within else "-")
         yield row(setting.name, *cells)
+
+
+def fused_rate(setting: Setting) -> str:
+    fused = setting.machine.fused
+    if fused is None:
+        return "-"
+    least = "" if setting.equal else f", at least {fused.host_us:.1f} us"
+    return rate(fused.scattered.alpha_us, fused.scattered.bytes_per_us) + least
 
 
 def rate(alpha_us: float, bytes_per_us: float) -> str:

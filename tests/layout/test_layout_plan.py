@@ -119,12 +119,13 @@ def savings(
         if spread > machine.local_ranks or held > machine.fused.max_bytes:
             continue
         read = held * (members - 1)
-        launched = 0.0 if regime.equal else machine.fused.host_us
         if op == "all_reduce":
-            us = launched + machine.fused.whole.alpha_us + read / machine.fused.whole.bytes_per_us
+            us = machine.fused.whole.alpha_us + read / machine.fused.whole.bytes_per_us
         else:
             rate = machine.fused.scattered
-            us = launched + rate.alpha_us + read / members / rate.bytes_per_us
+            us = rate.alpha_us + read / members / rate.bytes_per_us
+        if not regime.equal:
+            us = max(us, machine.fused.host_us)
         for start, there in to[before].items():
             if there < float("inf"):
                 gain = to[goal][start] - (there + us)
@@ -163,7 +164,7 @@ FUSES = {
     "some": FusedSums(
         whole=Rate(alpha_us=3.0, bytes_per_us=3e5),
         scattered=Rate(alpha_us=4.0, bytes_per_us=2e5),
-        host_us=2.0,
+        host_us=5.0,
         max_bytes=1 << 20,
     ),
     "none": None,

@@ -12,6 +12,7 @@ from isomoe.layout.cost import (
     Machine,
     Rate,
     Rates,
+    read_share,
     ring_share,
 )
 from isomoe.layout.expert_location import ExpertLocation
@@ -73,6 +74,7 @@ __all__ = [
     "make_plan",
     "pinned",
     "read_pinned",
+    "read_share",
     "regimes",
     "ring_share",
     "row_sharded",

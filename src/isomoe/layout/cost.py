@@ -87,13 +87,15 @@ class FittedLink(Link):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FusedSums:
+class FusedSums(Link):
     """Sums that are made in one operation with the addition to the residual and its norm.
 
+    All times are beyond what addition and norm take by themselves, which follow any sum.
+
     Attributes:
-        whole, scattered: of an all-reduce and of a reduce-scatter, beyond what addition and norm
-            take by themselves, which follow any sum.
-        host_us: more in steps that the host launches kernel by kernel.
+        whole, scattered: of an all-reduce and of a reduce-scatter.
+        host_us: at least, in steps that the host launches kernel by kernel: its own time for a
+            launch, in which few bytes travel unnoticed.
         max_bytes: of a rank's addends; more are declined, and summed first.
     """
 
@@ -101,6 +103,11 @@ class FusedSums:
     scattered: Rate
     host_us: float
     max_bytes: int
+
+    def microseconds(self, op: Op, equal: bool, members: int, sent_bytes: float) -> float:
+        """As of any link; what is sent is what one rank reads of all others' addends."""
+        us = (self.whole if op is Op.ALL_REDUCE else self.scattered).us(sent_bytes)
+        return us if equal else max(us, self.host_us)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,8 +215,7 @@ class CostModel:
     def fused_microseconds(self, move: Move, rows: int, equal: bool) -> float:
         """Predicted time of a sum in one operation with what follows it, beyond that alone.
 
-        Every rank reads what it needs of every other's addends. Infinite where there is none, or it
-        would be declined for its bytes.
+        Infinite where there is none, or it would be declined for its bytes.
         """
         fused = self.machine.fused
         if fused is None or not self._is_local(move):
@@ -219,10 +225,7 @@ class CostModel:
         if held > fused.max_bytes:
             return inf
         members = self.mesh.size_of(move.axes)
-        host_us = 0.0 if equal else fused.host_us
-        if move.op is Op.ALL_REDUCE:
-            return host_us + fused.whole.us(held * (members - 1))
-        return host_us + fused.scattered.us(held * (members - 1) / members)
+        return fused.microseconds(move.op, equal, members, held * read_share(move.op, members))
 
     def _is_local(self, move: Move) -> bool:
         reach = self.mesh.stride_of(move.axes) * self.mesh.size_of(move.axes)
@@ -236,6 +239,11 @@ def ring_share(op: Op, members: int) -> float:
     """Of the bytes that the side with more rows holds, those that one rank sends in a ring."""
     share = (members - 1) / members
     return 2 * share if op is Op.ALL_REDUCE else share
+
+
+def read_share(op: Op, members: int) -> float:
+    """The same of a fused sum: one rank reads the rows that it gets of every other's addends."""
+    return (members - 1) / (1 if op is Op.ALL_REDUCE else members)
 
 
 def _gathered(move: Move) -> Placement:
