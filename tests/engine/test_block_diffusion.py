@@ -121,7 +121,7 @@ def test_a_schedule_fixes_what_the_published_loop_fixes(
     "layout",
     [
         {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2},
-        pytest.param({"tp_size": 3, "ep_size": 3}, marks=pytest.mark.slow),
+        pytest.param({"tp_size": 4, "ep_size": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_real_ranks_fix_the_same(sdar: tuple[Path, Oracle], layout: dict[str, int]) -> None:
