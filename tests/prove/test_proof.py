@@ -8,13 +8,15 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from torch import Tensor
 
 from isomoe.blocks import Attention, Block, Embedding, LmHead, Ownership, SparseMoe, WideNormCore
 from isomoe.blocks.embedding import vocabulary_part
 from isomoe.cli.main import main
+from isomoe.comm.sim import SimComm
 from isomoe.layout import (
     MACHINES,
     Letter,
@@ -35,10 +37,12 @@ from isomoe.prove import (
 )
 from isomoe.prove.campaign import _subjects
 from isomoe.prove.cases import Case
+from isomoe.prove.levels import levels
 from isomoe.prove.runner import prove
 from isomoe.prove.subject import PROOF_VOCAB, Subject
 from isomoe.prove.subject import build as subject_build
 from isomoe.prove.world import World
+from isomoe.stream import Norm, ResidualStream
 
 CONFIGS = known_configs()
 SMALL = {"qwen3-moe-mixed": CONFIGS["qwen3-moe-mixed"]}
@@ -217,6 +221,22 @@ def test_diverging_schedules_are_named_instead_of_waited_for() -> None:
     assert finding is not None
     assert "differ: " in finding.message
     assert "all_to_all" in finding.message
+
+
+def test_a_fused_sum_must_leave_the_residual_that_it_leaves_where_it_is_declined() -> None:
+    def in_stream(stream: ResidualStream) -> None:
+        fused = stream._fused
+
+        def forgetful(move: Move, addend: Tensor, total: Tensor, norm: Norm) -> Any:
+            after, normed = fused(move, addend, total, norm)
+            return total if cast(SimComm, stream.comm).fuses else after, normed
+
+        stream._fused = forgetful  # type: ignore[method-assign]
+
+    mutant = replace(find_mutant("summed-before-fused-sum"), in_stream=in_stream)
+    finding = levels(mutant).finding
+    assert finding is not None
+    assert "where it is made" in finding.message
 
 
 def test_equal_plans_are_proven_once_and_said_so() -> None:

@@ -54,7 +54,7 @@ class SimWorld:
         self._waiting: dict[tuple[int, ...], dict[int, _Call]] = {}
         self._ready: list[tuple[int, Tensor | None]] = []
 
-    def run(self, rank_main: Callable[[Communicator], T]) -> list[T]:
+    def run(self, rank_main: "Callable[[SimComm], T]") -> list[T]:
         """Runs `rank_main` once for each rank and returns their results in rank order.
 
         Raises:
@@ -109,10 +109,15 @@ class SimWorld:
 
 
 class SimComm(Communicator):
-    """A simulated rank's end of the collectives."""
+    """A simulated rank's end of the collectives.
+
+    Attributes:
+        fuses: as in its world, until it is set; alike on all ranks.
+    """
 
     def __init__(self, world: SimWorld, seat: Seat, hub: greenlet) -> None:
         super().__init__(seat)
+        self.fuses = world.fuses
         self._world = world
         self._hub = hub
 
@@ -141,7 +146,7 @@ class SimComm(Communicator):
         residual: Tensor,
         norm: AddNorm,
     ) -> tuple[Tensor, Tensor] | None:
-        if not self._world.fuses:
+        if not self.fuses:
             return None
         total = self.all_reduce(x, axes) if counts is None else self.reduce_scatter(x, axes, counts)
         return norm.after_adding(residual, total)

@@ -35,7 +35,10 @@ class Violation(IsomoeError):
         where: the norm or block that saw it.
         read: the index of the read at which it was seen, or None.
         rank, row: who saw it, and the row's number over all groups; None if no row is to blame.
+        fuses: whether it was behind a fused sum that was made, or declined.
     """
+
+    fuses = True
 
     def __init__(
         self, where: str, what: str, read: int | None, rank: int | None, row: int | None

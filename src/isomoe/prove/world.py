@@ -6,13 +6,15 @@ from typing import cast
 import torch
 
 from isomoe.blocks import Batch
-from isomoe.comm import Communicator, SimWorld
+from isomoe.comm import SimWorld
+from isomoe.comm.sim import SimComm
 from isomoe.errors import IsomoeError
 from isomoe.kernels import AttentionBatch
 from isomoe.layout import Mesh, Parallelism, RegimePlan, TokenRows
 from isomoe.models import CausalLM
 from isomoe.prove.cases import Case
 from isomoe.prove.finding import Finding, Stats
+from isomoe.prove.fused import fuse_in
 from isomoe.prove.mutants import Mutant
 from isomoe.prove.oracle import Expected, summed_leaf
 from isomoe.prove.provenance import Tickets
@@ -36,19 +38,14 @@ class World:
         self._use(Tickets())
 
     def check(self, plan: RegimePlan, case: Case, stats: Stats) -> Finding | None:
-        """Runs one step and adds to `stats`, or returns the violation.
-
-        A plan with fused sums is run twice: where they are made, and where they are declined.
-        """
-        fuses = True
+        """Runs one step and adds to `stats`, or returns the violation."""
         try:
             expected = self._expected(case)
-            for fuses in (True, False) if plan.fuses else (True,):
-                stats.moves += self._simulate(plan, expected, fuses)
+            stats.moves += self._simulate(plan, expected)
         except Violation as violation:
             counts = {}
             if violation.row is not None:
-                counts = self._count(plan, case, violation, fuses)
+                counts = self._count(plan, case, violation)
             return found_in(self.subject, plan.regime.name, case.name, violation, counts)
         except (IsomoeError, RuntimeError, IndexError) as error:
             failed = Violation("step", str(error), None, None, None)
@@ -71,21 +68,21 @@ class World:
         self,
         plan: RegimePlan,
         expected: Expected,
-        fuses: bool = True,
+        ways: tuple[bool, ...] = (True, False),
         stop_at: tuple[int, int, int] | None = None,
     ) -> int:
         """Runs one step on all ranks; returns the number of collectives.
 
         Args:
-            fuses: whether fused sums are made, or declined.
+            ways: of fused sums: made, declined, or each of them both.
             stop_at: (rank, read, row) at which a counting run ends.
         """
         case, ids = expected.case, expected.ids
         rows = TokenRows.of(self.mesh, case.real, case.padded)
         chosen = rows.select(case.chosen)
-        world = SimWorld(self.mesh, fuses)
+        world = SimWorld(self.mesh)
 
-        def rank_main(comm: Communicator) -> None:
+        def rank_main(comm: SimComm) -> None:
             rank = comm.seat.rank
             stop = stop_at[1:] if stop_at is not None and stop_at[0] == rank else None
             self.stubs[rank].begin(plan, expected, stop)
@@ -101,6 +98,8 @@ class World:
             stream = ResidualStream(plan, comm, rows, torch.int64)
             if self.mutant is not None:
                 self.mutant.in_stream(stream)
+            if plan.fuses:
+                fuse_in(ways, stream, comm)
             logits = self.models[rank].forward(batch, stream)
             if stop_at is None and not torch.equal(logits, expected.logits(rank)):
                 what = "logits of the wrong rows or vocabulary"
@@ -111,7 +110,7 @@ class World:
         return world.calls
 
     def _count(
-        self, plan: RegimePlan, case: Case, violation: Violation, fuses: bool
+        self, plan: RegimePlan, case: Case, violation: Violation
     ) -> dict[str, tuple[int, int]]:
         """Runs the case again for each block in question, counting its columns as integers."""
         assert violation.read is not None
@@ -122,7 +121,7 @@ class World:
         for leaf in _summed_leaves(self.one_rank, violation.read):
             self._use(Tickets(counting=leaf))
             try:
-                self._simulate(plan, self._expected(case), fuses, stop_at)
+                self._simulate(plan, self._expected(case), (violation.fuses,), stop_at)
             except Counted as counted:
                 counts[leaf] = (counted.found, counted.expected)
         return counts
