@@ -1,11 +1,10 @@
 """Whether a planner that knows alphas and betas alone picks the moves that are the fastest."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from isomoe.layout import (
     CostModel,
-    Link,
     Machine,
     Parallelism,
     Planner,
@@ -79,10 +78,14 @@ class PickSummary:
 
 
 def picks(
-    config: HFConfig, ranks: int, machine: Machine, measured: Link, buckets: Iterable[int]
+    config: HFConfig, ranks: int, machine: Machine, truth: Machine, buckets: Iterable[int]
 ) -> Iterator[Pick]:
-    """The planner's choices for every layout of a model on so many ranks."""
-    truth = replace(machine, within=measured)
+    """The planner's choices for every layout of a model on so many ranks.
+
+    Args:
+        machine: that the planner knows.
+        truth: that with the readings themselves.
+    """
     for layout in layouts(family_of(config), config, ranks, min_ranks=ranks):
         chain = build(config, layout).chain
         planner = Planner(chain)
@@ -99,12 +102,12 @@ def picks(
 
 def _microseconds(plan: RegimePlan, cost: CostModel) -> float:
     """All moves between the blocks of one step."""
+    rows, equal = plan.regime.rows, plan.regime.equal
     total = 0.0
     for read in plan.reads:
         needs = {delivery.needs: delivery.route for delivery in read.deliveries}
         settles = [read.carry] if read.carry else []
         routes = [*(part.route for part in (*settles, *read.settles)), *needs.values()]
         for route in routes:
-            for move in route.moves:
-                total += cost.microseconds(move, plan.regime.rows, plan.regime.equal)
+            total += cost.route_microseconds(route.moves, route.fused, rows, equal)
     return total

@@ -98,8 +98,7 @@ class SymmetricSums:
 
         rows: of all ranks together where each gets its own alone.
         """
-        fits = rows * hidden * dtype.itemsize <= self.max_bytes
-        return fits and dtype in _DTYPES and hidden % 8 == 0 and 0 < hidden <= MAX_HIDDEN
+        return takes_rows(hidden, dtype) and rows * hidden * dtype.itemsize <= self.max_bytes
 
     def sum_add_norm(
         self,
@@ -187,6 +186,11 @@ class SymmetricSums:
             half=self._half,
         )
         return residual, normed
+
+
+def takes_rows(hidden: int, dtype: torch.dtype) -> bool:
+    """Whether addends of so many values a row can be summed, if they are few enough."""
+    return dtype in _DTYPES and hidden % 8 == 0 and 0 < hidden <= MAX_HIDDEN
 
 
 def _gathered(group: dist.ProcessGroup, mine: _T) -> list[_T]:

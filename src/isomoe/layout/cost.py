@@ -6,7 +6,7 @@ plan; it is no promise of a time.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -226,6 +226,15 @@ class CostModel:
             return inf
         members = self.mesh.size_of(move.axes)
         return fused.microseconds(move.op, equal, members, held * read_share(move.op, members))
+
+    def route_microseconds(
+        self, moves: Sequence[Move], fused: bool, rows: int, equal: bool
+    ) -> float:
+        """Predicted time of moves one after another, the last of them fused unless declined."""
+        each = [self.microseconds(move, rows, equal) for move in moves]
+        if fused and (us := self.fused_microseconds(moves[-1], rows, equal)) < inf:
+            each[-1] = us
+        return sum(each)
 
     def _is_local(self, move: Move) -> bool:
         reach = self.mesh.stride_of(move.axes) * self.mesh.size_of(move.axes)

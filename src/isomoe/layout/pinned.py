@@ -7,7 +7,6 @@ document predicts is not read: costs are worked out anew.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -321,11 +320,8 @@ class _Pinned:
         )
 
     def _us(self, moves: Sequence[Move], fused: bool = False) -> float:
-        rows, equal = self._said.regime.rows, self._said.regime.equal
-        each = [self._cost.microseconds(move, rows, equal) for move in moves]
-        if fused and (us := self._cost.fused_microseconds(moves[-1], rows, equal)) < inf:
-            each[-1] = us
-        return sum(each)
+        regime = self._said.regime
+        return self._cost.route_microseconds(moves, fused, regime.rows, regime.equal)
 
     def _total_us(self, reads: list[ReadPlan], inner: list[tuple[str, tuple[Move, ...]]]) -> float:
         """As the planner counts: equal deliveries once, a block's own features not at all."""
