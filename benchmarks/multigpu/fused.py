@@ -1,42 +1,34 @@
-"""Sums fused with addition and norm on several GPUs: whether they are right, and how fast.
+"""Sums fused with addition and norm on several GPUs: whether they are right.
 
-    python3 benchmarks/multigpu/fused.py [W] [--hidden H ...] [--rows R ...] [--json FILE]
+    python3 benchmarks/multigpu/fused.py [W] [--hidden H ...]
 
-Checks come first. Sums must be those of the rank order to the last bit, on all ranks; normed rows
-may differ in the last place. Exits 1 if a check fails, a rank ends early or nothing moves any more.
+Sums must be those of the rank order to the last bit, on all ranks; normed rows may differ in the
+last place. Exits 1 if a check fails, a rank ends early or nothing moves any more. What they take
+`isomoe bench comm` measures.
 """
 
 import argparse
 import faulthandler
-import json
 import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from isomoe.comm import Communicator, torch_communicator
 from isomoe.comm.rendezvous import Rendezvous, join, leave, local_device
 from isomoe.comm.symmetric import SymmetricSums
-from isomoe.kernels.gpu.norm import add_rms_norm
 from isomoe.kernels.norm import rms_norm
-from isomoe.layout import Mesh, Parallelism, Seat
 
 EPS = 1e-6
-AXES = (0,)
+MAX_BYTES = 14 << 20
+"""Of a rank's addends."""
 LONGEST = 120
 """Seconds that a stage may take, compiling included."""
-CALLS = 20
-"""Of one graph that is timed."""
 REPLAYS = 50
 CLOSE = {torch.bfloat16: 2.0**-6, torch.float32: 1e-5}
 """Relative distance of normed values; of bf16 two places, since it is rounded twice."""
@@ -103,14 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("ranks", type=int, nargs="?", default=torch.cuda.device_count())
     parser.add_argument("--hidden", type=int, nargs="+", default=[2048, 7168])
-    rows = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    parser.add_argument("--rows", type=int, nargs="+", default=rows)
-    parser.add_argument(
-        "--by-host", action="store_true", help="time launches by the host instead of a graph"
-    )
     parser.add_argument("--calls", type=int, default=400, help="of the check without graphs")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--no-times", action="store_true", help="checks alone")
     args = parser.parse_args()
     if not 2 <= args.ranks <= torch.cuda.device_count():
         parser.error(f"{args.ranks} ranks on {torch.cuda.device_count()} GPUs: 2 or more needed")
@@ -147,28 +132,16 @@ def run_rank(rank: int, port: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     device = local_device("cuda", rank)
     join(port, rank, args.ranks, device)
-    mesh = Mesh(axes=(args.ranks,), parallelism=Parallelism(tp_size=args.ranks))
-    comm = torch_communicator(Seat(mesh, rank), [AXES], device)
     group = dist.group.WORLD
     assert group is not None
-    sums = SymmetricSums.open(group, device, max(args.rows) * max(args.hidden) * 2)
+    sums = SymmetricSums.open(group, device, MAX_BYTES)
     if sums is None:
         say(rank, "no symmetric memory between these GPUs")
         sys.exit(1)
-    checks = {
-        name: agreed(rank, name, found, device)
-        for name, found in run_checks(sums, rank, args, device)
-    }
-    times = []
-    if all(checks.values()) and not args.no_times:
-        for row in run_times(sums, comm, rank, args, device):
-            times.append(row)
-    if rank == 0 and args.json:
-        about = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
-        found = {**about, "ranks": args.ranks, "by_host": args.by_host}
-        found |= {"checks": checks, "times": times}
-        args.json.write_text(json.dumps(found, indent=1))
-    if not all(checks.values()):
+    checks = [
+        agreed(rank, name, found, device) for name, found in run_checks(sums, rank, args, device)
+    ]
+    if not all(checks):
         sys.exit(1)
     faulthandler.cancel_dump_traceback_later()
     leave()
@@ -219,7 +192,7 @@ def make_call(
     wire = torch.bfloat16 if form else chance.choice([torch.bfloat16, torch.float32])
     form = form or chance.choice(["all", "equal", "ragged", "holes"])
     hidden = hidden or chance.choice(args.hidden)
-    most = max(args.rows) * max(args.hidden) * 2 // (hidden * wire.itemsize)
+    most = MAX_BYTES // (hidden * wire.itemsize)
     rows = min(most, chance.choice([1, 2, 3, chance.randint(1, 40), chance.randint(1, 600)]))
     world = args.ranks
     counts = None
@@ -332,98 +305,6 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def run_times(
-    sums: SymmetricSums,
-    comm: Communicator,
-    rank: int,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> Iterator[dict[str, Any]]:
-    """Microseconds of one call in a graph, or launched by the host."""
-    how = "launched by the host" if args.by_host else "in a graph"
-    name = torch.cuda.get_device_name(device)
-    say(rank, f"\n{name}, {args.ranks} ranks, us of a call {how}")
-    timed = partial(microseconds, device=device, by_host=args.by_host)
-    head = f"{'hidden':>6} {'rows':>5} | {'all fused':>9} {'NCCL+norm':>9}"
-    say(rank, head + f" | {'part fused':>10} {'NCCL+norm':>9} | {'norm':>6} {'norm part':>9}")
-    for hidden in args.hidden:
-        for rows in args.rows:
-            watch()
-            found = time_size(sums, comm, timed, args.ranks, rows, hidden, device)
-            us = {name: f"{value:.1f}" for name, value in found.items()}
-            say(
-                rank,
-                f"{hidden:>6} {rows:>5} | {us['all_fused']:>9} {us['all_plain']:>9}"
-                f" | {us.get('part_fused', '-'):>10} {us.get('part_plain', '-'):>9}"
-                f" | {us['norm']:>6} {us.get('norm_part', '-'):>9}",
-            )
-            yield {"hidden": hidden, "rows": rows, **found}
-
-
-def time_size(
-    sums: SymmetricSums,
-    comm: Communicator,
-    timed: Callable[[Callable[[], object]], float],
-    ranks: int,
-    rows: int,
-    hidden: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """Both forms, fused and as the engine runs them without that; the norm alone."""
-    weight = weight_of(hidden, device, torch.bfloat16)
-    x, residual = (torch.randn(rows, hidden, device=device).to(torch.bfloat16) for _ in range(2))
-
-    def all_plain() -> None:
-        add_rms_norm(residual, comm.all_reduce(x, AXES), weight, EPS)
-
-    found = {
-        "all_fused": timed(lambda: sums.sum_add_norm(x, residual, weight, EPS)),
-        "all_plain": timed(all_plain),
-        "norm": timed(lambda: add_rms_norm(residual, x, weight, EPS)),
-    }
-    if rows % ranks:
-        return found
-    counts = [rows // ranks] * ranks
-    part, addend = (one[: counts[0]].clone() for one in (residual, x))
-
-    def part_plain() -> None:
-        add_rms_norm(part, comm.reduce_scatter(x, AXES, counts), weight, EPS)
-
-    fused = timed(lambda: sums.scatter_add_norm(x, counts, part, weight, EPS))
-    return found | {
-        "part_fused": fused,
-        "part_plain": timed(part_plain),
-        "norm_part": timed(lambda: add_rms_norm(part, addend, weight, EPS)),
-    }
-
-
-def microseconds(call: Callable[[], object], device: torch.device, by_host: bool) -> float:
-    """Of the slowest rank, the median of some batches."""
-
-    def several() -> None:
-        for _ in range(CALLS):
-            call()
-
-    several()
-    replay = several if by_host else captured(several)
-    replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    found = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        dist.barrier()
-        replay()  # ranks that were let go apart are together afterwards
-        begin.record()
-        for _ in range(3):
-            replay()
-        end.record()
-        end.synchronize()
-        found.append(1e3 * begin.elapsed_time(end) / (3 * CALLS))
-    slowest = torch.tensor([median(found)], device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return float(slowest)
 
 
 if __name__ == "__main__":
