@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import inf
-from typing import NamedTuple
 
 from isomoe.errors import PlacementError
 from isomoe.layout import (
@@ -17,10 +16,10 @@ from isomoe.layout import (
     Planner,
     Rate,
     Regime,
-    RegimePlan,
     regimes,
 )
 from isomoe.prove.cases import cases
+from isomoe.prove.cover import Candidate, cover
 from isomoe.prove.finding import Finding, Stats
 from isomoe.prove.mutants import Mutant
 from isomoe.prove.provenance import Tickets
@@ -51,7 +50,7 @@ def prove(
     proven: set[object] = set()
     structures: set[object] = set()
     planned: dict[object, frozenset[object]] = {}
-    waiting: dict[frozenset[object], _Waiting] = {}
+    waiting: dict[frozenset[object], Candidate] = {}
     for subject in subjects:
         stats = Stats(layouts=1)
         models = subject.build(), subject.build(subject.layout.tp_size - 1)
@@ -79,13 +78,13 @@ def prove(
                 if key not in planned:
                     plan = choice.bind()
                     planned[key] = told_apart(plan, shares, mutant)
-                    waiting.setdefault(planned[key], _Waiting(subject, mesh, plan, planned[key]))
+                    waiting.setdefault(planned[key], Candidate(subject, mesh, plan, planned[key]))
             structures.add(chain.structure)
         except PlacementError as error:
             yield stats, _refused(subject, error)
             return
         yield stats, None
-    yield from _run(list(waiting.values()), mutant, proven)
+    yield from _run(list(waiting.values()), mutant)
 
 
 def _choices(chain: Chain, wanted: list[tuple[Machine, Regime]]) -> Iterator[Choice]:
@@ -113,31 +112,14 @@ def _regimes(mesh: Mesh, fuses_all: bool) -> Iterator[tuple[Machine, Regime]]:
         yield FUSES_ALL, regime
 
 
-class _Waiting(NamedTuple):
-    """A plan, and the steps of which it is made."""
-
-    subject: Subject
-    mesh: Mesh
-    plan: RegimePlan
-    steps: frozenset[object]
-
-
 def _run(
-    waiting: list[_Waiting], mutant: Mutant | None, proven: set[object]
+    candidates: list[Candidate], mutant: Mutant | None
 ) -> Iterator[tuple[Stats, Finding | None]]:
-    """Runs plans until all their steps have run; short ones with many new steps go first."""
+    """Runs plans until all their steps have run; with a mutant all of them, as they come."""
     worlds: dict[int, World] = {}
     whole: set[bool] = set()
-    left = [(one, set(one.steps)) for one in waiting]
-    while left:
-        stats = Stats()
-        (subject, mesh, plan, steps), _ = max(
-            left,
-            key=lambda one: (
-                len(one[1])
-                / (len(one[0].plan.reads) * (1 if id(one[0].subject) in worlds else 1.5))
-            ),
-        )
+    for subject, mesh, plan, _ in cover(candidates) if mutant is None else candidates:
+        stats = Stats(plans=1)
         if id(subject) not in worlds:
             worlds[id(subject)] = World(subject, mutant, mesh)
         every = list(cases(subject.layout.attn_dp_size, plan.regime.equal))
@@ -148,10 +130,6 @@ def _run(
                 yield stats, found
                 return
         whole.add(plan.regime.equal)
-        stats.plans = 1
-        for _, new in left:
-            new -= steps
-        left = [one for one in left if one[1]]
         yield stats, None
 
 
