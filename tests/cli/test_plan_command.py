@@ -227,6 +227,18 @@ def test_experts_in_fp8_are_a_gpus(plan: Plan) -> None:
     assert dequantised["weight_bytes"] - kept["weight_bytes"] == saved
 
 
+@pytest.mark.parametrize(
+    "kept", [{"quant_method": "awq"}, {"quant_method": "fp8", "weight_block_size": [48, 48]}]
+)
+def test_how_weights_are_kept_is_no_matter_to_a_plan(
+    kept: dict[str, object], plan: Plan, tmp_path: Path
+) -> None:
+    config = json.loads((CONFIGS / "qwen3-30b-a3b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": kept}))
+    memory = document(plan, "--model-path", str(tmp_path), "--rows", "1")["memory"]
+    assert memory["fp8_experts"] is False
+
+
 def test_memory_is_in_the_dtype_of_the_config(plan: Plan, tmp_path: Path) -> None:
     config = json.loads((CONFIGS / "mixtral-8x7b.json").read_text())
     found = []

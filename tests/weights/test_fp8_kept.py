@@ -3,6 +3,7 @@
 The references are whole matrices, from the formats' definition; shards are held against their part.
 """
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from gpu_support import DEVICE
 from isomoe.blocks import ExpertWeights
 from isomoe.blocks.expert_names import ExpertNames, PerExpert, Stacked, Transposed
-from isomoe.errors import ConfigError
+from isomoe.errors import CheckpointError
 from isomoe.kernels import BlockFp8
 from isomoe.weights import load_dummy, load_safetensors, read_quantization
 from quantised import fp8, plain_fp8
@@ -80,14 +81,17 @@ def whole(names: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
 
 def shard(names: str, held: tuple[int, ...], width: tuple[int, int]) -> ExpertWeights:
     leaf = ExpertWeights("at", EXPERTS, HIDDEN, WIDTH, held, width, NAMES[names])
-    leaf.keep_in_fp8(BLOCK)
+    assert leaf.lacks_for_fp8(BLOCK) is None
+    leaf.block = BLOCK
     leaf.allocate(torch.bfloat16, torch.device(DEVICE))
     return leaf
 
 
 def loaded(leaf: ExpertWeights, folder: Path, options: dict[str, Any] | None) -> None:
     quantization = read_quantization({"quantization_config": options})
-    load_safetensors(folder, leaf.slices(), lambda name: False, quantization=quantization)
+    load_safetensors(
+        folder, leaf.slices(), lambda name: False, quantization=quantization, rounds=options is None
+    )
 
 
 def check(leaf: ExpertWeights, meant: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -159,7 +163,25 @@ def test_dummy_weights_are_the_same_on_every_layout() -> None:
         check(leaf, (gate, up, full.down.dequantized(torch.float32).cpu()))
 
 
-def test_shares_that_cut_blocks_too_small_are_refused() -> None:
-    leaf = ExpertWeights("at", EXPERTS, HIDDEN, WIDTH, (0,), (0, 24))
-    with pytest.raises(ConfigError, match=r"24 of 96 columns .* runs of 8, and kernels need 16"):
-        leaf.keep_in_fp8(BLOCK)
+@pytest.mark.parametrize(
+    ("width", "block", "reason"),
+    [
+        ((0, 24), 32, r"shares of 24 of an expert's 96 columns cut .* runs of 8"),
+        ((0, 96), 48, r"blocks of 48 x 48 are no multiples of 32"),
+        ((0, 96), 64, None),
+    ],
+)
+def test_what_kernels_cannot_use_is_said(
+    width: tuple[int, int], block: int, reason: str | None
+) -> None:
+    leaf = ExpertWeights("at", EXPERTS, HIDDEN, WIDTH, (0,), width)
+    found = leaf.lacks_for_fp8(block)
+    assert found == reason if reason is None else re.match(reason, str(found))
+
+
+def test_what_is_not_in_fp8_is_not_rounded_unless_it_is_asked_for(tmp_path: Path) -> None:
+    save_file(tensors_of("stacked"), tmp_path / "model.safetensors")
+    leaf = shard("stacked", (0,), (0, WIDTH))
+    quantization = read_quantization({"quantization_config": fp8(BLOCK, BLOCK)})
+    with pytest.raises(CheckpointError, match=r"gate_proj.weight is not in FP8 .* which rounds it"):
+        load_safetensors(tmp_path, leaf.slices(), lambda name: False, quantization=quantization)

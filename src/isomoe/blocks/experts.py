@@ -17,6 +17,7 @@ from isomoe.blocks.ownership import Ownership
 from isomoe.blocks.wire import Pack, Unpack
 from isomoe.errors import ConfigError
 from isomoe.kernels import (
+    MIN_FP8_BLOCK,
     MIN_FP8_RUN,
     SWIGLU,
     Activation,
@@ -91,21 +92,18 @@ class ExpertWeights(Leaf):
         self.down: ExpertMatrices
         self.packed: PackedExperts | None = None
 
-    def keep_in_fp8(self, block: int) -> None:
-        """Keeps the weights in FP8, with a scale for each square block. Before `allocate`.
-
-        Raises:
-            ConfigError: if this rank's part of a block is too small for the kernels.
-        """
+    def lacks_for_fp8(self, block: int) -> str | None:
+        """Why square blocks of such a size cannot be kept, on any rank; None if they can."""
+        if block % MIN_FP8_BLOCK:
+            return f"blocks of {block} x {block} are no multiples of {MIN_FP8_BLOCK}"
         width = self.width[1] - self.width[0]
         grain = self.names.grain(block, width, self.intermediate_size)
         if grain % MIN_FP8_RUN:
-            raise ConfigError(
-                f"--moe-weight-format fp8: {width} of {self.intermediate_size} columns of an "
-                f"expert cut its blocks into runs of {grain}, and kernels need {MIN_FP8_RUN}; "
-                "a smaller moe_tp or --moe-weight-format none would work"
+            return (
+                f"shares of {width} of an expert's {self.intermediate_size} columns cut its blocks "
+                f"into runs of {grain}, and kernels need multiples of {MIN_FP8_RUN}"
             )
-        self.block = block
+        return None
 
     def pack(self) -> None:
         if isinstance(self.gate_up, BlockFp8) and on_gpu(self.gate_up.codes):
@@ -144,18 +142,20 @@ class ExpertWeights(Leaf):
             )
 
     def slices(self) -> Iterator[WeightSlice]:
-        match self.gate_up, self.down:
-            case Tensor() as gate_up, Tensor() as down:
-                gate, up = gate_up.chunk(2, dim=1)
-                yield from self._slices(gate, up, down, self.form)
-            case BlockFp8() as gate_up, BlockFp8() as down if self.block is not None:
-                (gate, up), (gate_by, up_by) = gate_up.codes.unbind(1), gate_up.scales.unbind(1)
-                codes = Fp8Part(block=self.block, grain=gate_up.block[0], scales=False)
-                scales = replace(codes, scales=True)
-                for piece in self._slices(gate, up, down.codes, self.form):
-                    yield replace(piece, fp8=codes) if piece.out.dtype == gate.dtype else piece
-                for piece in self._slices(gate_by, up_by, down.scales, ExpertForm()):
-                    yield replace(piece, fp8=scales)
+        gate_up, down = self.gate_up, self.down
+        if isinstance(gate_up, Tensor) or isinstance(down, Tensor):
+            assert isinstance(gate_up, Tensor)
+            assert isinstance(down, Tensor)
+            gate, up = gate_up.chunk(2, dim=1)
+            yield from self._slices(gate, up, down, self.form)
+            return
+        assert self.block is not None
+        (gate, up), (gate_by, up_by) = gate_up.codes.unbind(1), gate_up.scales.unbind(1)
+        codes = Fp8Part(block=self.block, grain=gate_up.block[0], scales=False)
+        for piece in self._slices(gate, up, down.codes, self.form):
+            yield replace(piece, fp8=codes) if piece.out.dtype == gate.dtype else piece  # a bias
+        for piece in self._slices(gate_by, up_by, down.scales, ExpertForm()):
+            yield replace(piece, fp8=replace(codes, scales=True))
 
     def _slices(
         self, gate: Tensor, up: Tensor, down: Tensor, biases: ExpertForm

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
     path = resolve(args.model_path, weights=False)
     config = read_config(path)
     model = build(config, layout)
-    kept = read_quantization(config)
-    if args.device == "cuda" and isinstance(kept, Fp8) and kept.square is not None:
-        model.keep_experts_in_fp8(kept.square)  # as the engine does on GPUs
+    with suppress(ConfigError):  # that the engine does not read its weights is no matter here
+        kept = read_quantization(config)
+        if args.device == "cuda" and isinstance(kept, Fp8) and kept.square is not None:
+            model.keep_experts_in_fp8(kept.square)  # as the engine does on GPUs
     memory = RankMemory.of(model)
     plan = _plan(args, model.chain)
     lost: Lost = alternatives(model.chain, plan) if args.explain else {}

@@ -6,7 +6,7 @@ import torch
 
 from isomoe.blocks import SparseMoe
 from isomoe.comm.deepep import DeepEpMode, DeepEpSettings, check_available
-from isomoe.config import EngineConfig, choice
+from isomoe.config import EngineConfig, MoeWeightFormat, choice
 from isomoe.engine.model_info import ModelInfo
 from isomoe.errors import ConfigError
 from isomoe.layout import (
@@ -46,7 +46,11 @@ def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
             )
     model = build(info.hf_config, layout, rank, location=location)
     if info.expert_block is not None:
-        model.keep_experts_in_fp8(info.expert_block)
+        reason = model.keep_experts_in_fp8(info.expert_block)
+        if reason and config.moe_weight_format is MoeWeightFormat.FP8:
+            raise ConfigError(
+                f"--moe-weight-format fp8: {reason}; a smaller moe_tp, or none, would work"
+            )
     deepep = deepep_settings(config, info, model)
     if deepep is not None:
         total = config.max_running_requests + config.prefill_limits(info.device)[1]

@@ -124,12 +124,12 @@ def expert_block(
         ConfigError: if FP8 is asked for, and cannot be.
     """
     kept = quantization if isinstance(quantization, Fp8) else None
-    has_fp8 = device == Device.CUDA and torch.cuda.get_device_capability() >= _FP8_CAPABILITY
     match asked:
         case MoeWeightFormat.AUTO:
             # On a CPU products are of values: codes would only be in the way.
-            return kept.square if kept is not None and has_fp8 else None
-        case MoeWeightFormat.FP8 if device == Device.CUDA and not has_fp8:
+            on_gpu = kept is not None and device == Device.CUDA and _has_fp8()
+            return kept.square if kept is not None and on_gpu else None
+        case MoeWeightFormat.FP8 if device == Device.CUDA and not _has_fp8():
             raise ConfigError(
                 "--moe-weight-format fp8: this GPU has no FP8 products, which came with capability "
                 "8.9; --moe-weight-format none works"
@@ -143,6 +143,10 @@ def expert_block(
         case MoeWeightFormat.FP8:
             return WEIGHT_BLOCK if kept is None else kept.square
     return None
+
+
+def _has_fp8() -> bool:
+    return torch.cuda.get_device_capability() >= _FP8_CAPABILITY
 
 
 def _context_length(

@@ -16,7 +16,7 @@ from isomoe.comm import (
 )
 from isomoe.comm.deepep import open_deepep
 from isomoe.comm.rendezvous import join, local_device
-from isomoe.config import EngineConfig, LoadFormat
+from isomoe.config import EngineConfig, LoadFormat, MoeWeightFormat
 from isomoe.engine.batches import Batches, CpuBatches
 from isomoe.engine.gpu_batches import GpuBatches
 from isomoe.engine.gpu_memory import free_for_cache, must_fit
@@ -219,6 +219,7 @@ class Worker:
                 progress,
                 canonical=self.model.canonical,
                 quantization=self.info.quantization,
+                rounds=self.config.moe_weight_format is MoeWeightFormat.FP8,
             )
         for leaf in self.model.leaves():
             leaf.pack()

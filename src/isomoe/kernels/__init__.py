@@ -7,6 +7,7 @@ from isomoe.kernels.attention import (
     split_heads,
 )
 from isomoe.kernels.block_fp8 import (
+    MIN_FP8_BLOCK,
     MIN_FP8_RUN,
     WEIGHT_BLOCK,
     BlockFp8,
@@ -55,6 +56,7 @@ from isomoe.kernels.span import CAUSAL, Span
 
 __all__ = [
     "CAUSAL",
+    "MIN_FP8_BLOCK",
     "MIN_FP8_RUN",
     "SWIGLU",
     "WEIGHT_BLOCK",

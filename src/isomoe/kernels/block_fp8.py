@@ -14,6 +14,8 @@ WEIGHT_BLOCK = 128
 """Rows and columns of a block where nothing else is said, as published checkpoints have them."""
 MIN_FP8_RUN = 16
 """The fewest columns that share a scale: a thread's load, and a step of a bf16 product."""
+MIN_FP8_BLOCK = 32
+"""A block has a multiple of so many: a step of a product of FP8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,7 +77,13 @@ class BlockFp8:
         return cls(codes=codes, scales=scales, block=block)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """[..., N, K]: the product in fp32, then rounded."""
+        """[..., N, K]: the product in fp32, then rounded; matrix by matrix, for fp32 takes room."""
+        if self.codes.dim() > 2:
+            out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+            for part, codes, scales in zip(out, self.codes, self.scales, strict=True):
+                one = BlockFp8(codes=codes, scales=scales, block=self.block)
+                part.copy_(one.dequantized(dtype))
+            return out
         rows, columns = self.codes.shape[-2:]
         spread = self.scales.repeat_interleave(self.block[0], -2)[..., :rows, :]
         spread = spread.repeat_interleave(self.block[1], -1)[..., :columns]

@@ -265,15 +265,19 @@ class CausalLM(ABC):
         for block in self.blocks():
             yield from block.leaves()
 
-    def keep_experts_in_fp8(self, block: int) -> None:
+    def keep_experts_in_fp8(self, block: int) -> str | None:
         """Keeps all routed experts in FP8, with a scale for each square block. Before `allocate`.
 
-        Raises:
-            ConfigError: if the layout cuts blocks into parts that are too small.
+        Returns:
+            What is in the way, on every rank; none are kept then.
         """
-        for one in self.blocks():
-            if isinstance(one, SparseMoe):
-                one.experts.keep_in_fp8(block)
+        routed = [one.experts for one in self.blocks() if isinstance(one, SparseMoe)]
+        for experts in routed:
+            if reason := experts.lacks_for_fp8(block):
+                return reason
+        for experts in routed:
+            experts.block = block
+        return None
 
     def memories(self) -> list[Memory]:
         """The leaves that hold a KV cache, or recurrent states."""

@@ -46,10 +46,12 @@ def load_safetensors(
     progress: Progress | None = None,
     canonical: Callable[[str], str] = str,
     quantization: Quantization | None = None,
+    rounds: bool = False,
 ) -> LoadReport:
     """Fills every slice of `wanted` from the checkpoint in `folder`.
 
-    Only the slices are read, so the peak is this rank's shard plus one matrix in fp32.
+    Only the slices are read, so the peak is this rank's shard plus one matrix in fp32; or, where
+    they are rounded to FP8, the blocks that they touch, and some copies of one matrix.
 
     Args:
         ignores: whether a tensor that nothing wants may be in the checkpoint; takes canonical
@@ -57,6 +59,7 @@ def load_safetensors(
         canonical: the name that slices have for a tensor of the checkpoint. Scales go with what
             they scale, so it never sees theirs.
         quantization: how weights are kept, as `read_quantization` gives it.
+        rounds: whether what is wanted in FP8, and is not kept so, is rounded.
 
     Raises:
         CheckpointError: listing every tensor that is missing, unexpected, of another shape or
@@ -83,7 +86,7 @@ def load_safetensors(
     todo = [(tensor, pieces_of[name]) for name, tensor in stored.items() if name in pieces_of]
     todo.sort(key=lambda one: str(files.file_of[one[0].made_of[0]]))
     for tensor, pieces in todo:
-        faults += tensor.faults() or _misfits(tensor, pieces)
+        faults += tensor.faults() or _misfits(tensor, pieces, rounds)
     if faults:
         more = f", and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise CheckpointError(f"{folder}: {'; '.join(faults[:_LISTED])}{more}")
@@ -120,12 +123,19 @@ def load_dummy(wanted: Iterable[WeightSlice], seed: int) -> None:
             _take_fp8(piece, piece.fp8, (whole.codes, whole.scales), origin)
 
 
-def _misfits(tensor: Stored, pieces: list[WeightSlice]) -> list[str]:
-    return [
+def _misfits(tensor: Stored, pieces: list[WeightSlice], rounds: bool) -> list[str]:
+    found = [
         f"{tensor.name} is {list(tensor.shape)}, the config says {list(shape)}"
         for shape in dict.fromkeys(piece.shape for piece in pieces)
         if shape != tensor.shape
     ]
+    blocks = {piece.fp8.block for piece in pieces if piece.fp8 is not None}
+    if not rounds and not all(tensor.is_fp8(block) for block in blocks):
+        found.append(
+            f"{tensor.name} is not in FP8 as other experts are; --moe-weight-format none, or fp8, "
+            "which rounds it, would work"
+        )
+    return found
 
 
 def _fill(tensor: Stored, pieces: list[WeightSlice]) -> None:

@@ -45,6 +45,10 @@ class Stored(ABC):
             device: where quantised values are dequantised; plain ones stay on the CPU.
         """
 
+    def is_fp8(self, block: int) -> bool:
+        """Whether it is kept in FP8, in square blocks of that size."""
+        return False
+
     def read_fp8(self, box: Box, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """A part of its matrices in FP8: codes, and scales of all square blocks that it touches.
 
@@ -113,8 +117,11 @@ class Fp8Tensor(Stored):
             scales = scales.index_select(dim, block_of)
         return scales.mul_(self.files.read(self.name, box).to(device).float())
 
+    def is_fp8(self, block: int) -> bool:
+        return self.block == (block, block)
+
     def read_fp8(self, box: Box, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self.block != (block, block):
+        if not self.is_fp8(block):
             return super().read_fp8(box, block, device)
         return self.files.read(self.name, box).to(device), self._scales(box, device)
 

@@ -28,7 +28,8 @@ class RowOperand:
     def of(cls, x: ExpertRows) -> "RowOperand":
         if isinstance(x, Tensor):
             return cls(values=x, scales=x, run=0, dtype=x.dtype)
-        return cls(values=x.codes, scales=x.scales, run=FP8_RUN, dtype=x.dtype)
+        codes, scales = x.codes.contiguous(), x.scales.contiguous()
+        return cls(values=codes, scales=scales, run=FP8_RUN, dtype=x.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,9 +64,11 @@ class MatrixOperand:
         return self.block[1] & -self.block[1]
 
 
-def tuned_shape(x: RowOperand, weight: MatrixOperand, *sizes: int) -> tuple[int, ...]:
-    """Under which launches are kept: operands that are not bf16 have entries of their own."""
-    widths = weight.values.itemsize, x.values.itemsize
+def tuned_shape(widths: tuple[int, int], *sizes: int) -> tuple[int, ...]:
+    """Under which launches are kept: operands that are not bf16 have entries of their own.
+
+    widths: bytes of a weight, and of a row's value.
+    """
     return sizes if set(widths) == {torch.bfloat16.itemsize} else (*sizes, *widths)
 
 

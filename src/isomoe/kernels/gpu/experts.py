@@ -6,7 +6,7 @@ T: rows   K: experts a row   E: local experts   H: hidden size   I: intermediate
 import torch
 from torch import Tensor
 
-from isomoe.kernels.block_fp8 import ExpertMatrices, ExpertRows
+from isomoe.kernels.block_fp8 import ExpertMatrices, ExpertRows, plain_rows
 from isomoe.kernels.experts import PLAIN, ExpertForm
 from isomoe.kernels.gpu.expert_operands import MatrixOperand, RowOperand
 from isomoe.kernels.gpu.experts_few import few_rows_experts
@@ -31,10 +31,16 @@ def fused_experts(
     Products accumulate in fp32; the activation between them is rounded to x's dtype. The sum over
     experts is fp32, in the order of ids, rounded once. With more than a few thousand pairs an
     expert's output is rounded to x's dtype before. No atomics: equal inputs give equal bits. Which
-    kernels run depends on the shapes alone. Weights in FP8 become x's dtype on the way to a
-    product, exactly; with rows in FP8 too, it is a product of FP8.
+    kernels run depends on the shapes alone.
+
+    Weights in FP8 become x's dtype on the way to a product, as if they had been dequantised before;
+    of few rows, codes are multiplied and the sums scaled, which rounds once less. With rows in FP8
+    too it is a product of FP8: the tensor core's sum of up to 128 products, which has fewer bits
+    than fp32, is scaled and added in fp32.
     """
     rows, top_k = topk_ids.shape
+    # Rows in FP8 are of use to weights in FP8 alone.
+    x = plain_rows(x) if isinstance(gate_up, Tensor) else x
     operands = RowOperand.of(x), MatrixOperand.of(gate_up), MatrixOperand.of(down)
     given, _, matrices = operands
     if rows == 0:

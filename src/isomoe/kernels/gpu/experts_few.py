@@ -35,10 +35,14 @@ def few_rows_experts(
     rows, hidden = x.values.shape
     experts, _, size = down.values.shape
     top_k = topk_ids.shape[1]
-    shape = tuned_shape(x, gate_up, experts, top_k, hidden, size)
+    sizes = (experts, top_k, hidden, size)
+    first = gate_up.values.itemsize, x.values.itemsize
+    second = down.values.itemsize, x.dtype.itemsize
     act = torch.empty((rows * top_k, size), dtype=x.dtype, device=topk_ids.device)
     out = torch.empty((rows, hidden), dtype=x.dtype, device=topk_ids.device)
-    config = find(GATE_UP, shape, rows, _default_gate_up(hidden, _vector(gate_up)))
+    config = find(
+        GATE_UP, tuned_shape(first, *sizes), rows, _default_gate_up(hidden, _vector(gate_up))
+    )
     _few_gate_up[(triton.cdiv(size, config["BLOCK_I"]), rows * top_k)](
         x.values,
         x.scales,
@@ -61,7 +65,7 @@ def few_rows_experts(
         **config,
         **overlapped(),
     )
-    config = find(DOWN, shape, rows, _default_down(size, _vector(down)))
+    config = find(DOWN, tuned_shape(second, *sizes), rows, _default_down(size, _vector(down)))
     _few_down[(triton.cdiv(hidden, config["BLOCK_H"]), rows)](
         act,
         down.values,

@@ -56,13 +56,14 @@ def grouped_experts(
     experts, _, size = down.values.shape
     top_k = topk_ids.shape[1]
     pairs = rows * top_k
-    shape = tuned_shape(x, gate_up, experts, top_k, hidden, size)
+    sizes = (experts, top_k, hidden, size)
     exact = x.dtype == torch.float32
     widths = gate_up.values.itemsize, x.values.itemsize
     first = FP32 if exact else default_gate_up(pairs, experts, widths)
-    first = find(GATE_UP, shape, rows, first)
+    first = find(GATE_UP, tuned_shape(widths, *sizes), rows, first)
+    widths = down.values.itemsize, x.dtype.itemsize
     second = FP32 if exact else default_down(pairs, experts, widths)
-    second = find(DOWN, shape, rows, second)
+    second = find(DOWN, tuned_shape(widths, *sizes), rows, second)
     aligned = align(topk_ids, experts, max(first["BLOCK_M"], second["BLOCK_M"]))
     act = _gate_up(x, gate_up, aligned, topk_weights, form, first)
     dtype = torch.float32 if pairs <= _EXACT_PAIRS else x.dtype

@@ -51,7 +51,8 @@ class _UnweightedBias(ExpertWeights):
     def __call__(self, *args: Any) -> Tensor:
         x, local_ids, weights = args
         out = super().__call__(x, local_ids, weights)
-        if not x.is_floating_point():  # provenance: what experts give for zeros is their bias
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            # Provenance: what experts give for zeros is their bias.
             zeros, ones = torch.zeros_like(x), torch.ones_like(weights)
             whole = super().__call__(zeros, local_ids, ones)
             return out + whole - super().__call__(zeros, local_ids, weights)
