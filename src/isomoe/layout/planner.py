@@ -5,7 +5,7 @@ and the moves together. What it picks depends on how many rows a step has and on
 attention-DP group has the same number: one regime each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from operator import add
@@ -53,13 +53,14 @@ class Choice:
     """What the planner chose for one regime, not yet bound to the blocks' names.
 
     Attributes:
-        key: equal for choices on equal axes that make the same moves, on rows of the same form,
-            between blocks that run the same variants.
+        key: a part for the step to each read, and one for what is behind the last. On equal axes
+            parts are equal for steps that make the same moves, on rows of the same form, between
+            blocks that run the same variants.
         bind: makes the plan of it.
     """
 
     regime: Regime
-    key: object
+    key: tuple[object, ...]
     bind: Callable[[], RegimePlan]
 
 
@@ -117,6 +118,18 @@ def _settled(
     return _Sum((*addends, number((carried, residual))), addends)
 
 
+class _Taken(NamedTuple):
+    """A step of a path.
+
+    Attributes:
+        between: a number for the states that it leads from and to, and the blocks between them.
+        sums: of the routes to the blocks before it, and from them: other ones in other regimes.
+    """
+
+    between: int
+    sums: tuple[int, ...]
+
+
 class Planner:
     """Plans one chain: a search over the states after each read, for the cheapest path.
 
@@ -148,21 +161,12 @@ class Planner:
                 steps[key] = _Steps(old, new, self._number_of, self._sum_of)
             self._steps.append(steps[key])
         self._by_number = list(self._sums)
-        self._paths: dict[tuple[int, ...], tuple[object, tuple[int, ...], tuple[int, ...]]] = {}
-        self._kind = number_of(
-            (
-                chain.mesh.axes,
-                chain.mesh.attn_dp,
-                chain.mesh.parallelism.ep_num_redundant_experts > 0,
-                tuple(
-                    (
-                        read.selects_rows,
-                        *(_inside(block) for block in read.consumers),
-                    )
-                    for read in chain.reads
-                ),
-            )
-        )
+        self._paths: dict[tuple[int, ...], list[_Taken]] = {}
+        mesh = chain.mesh
+        axes = mesh.axes, mesh.attn_dp, mesh.parallelism.ep_num_redundant_experts > 0
+        blocks = [(), *(tuple(map(_inside, read.consumers)) for read in chain.reads)]
+        selects = [*(read.selects_rows for read in chain.reads), None]
+        self._places = [number_of((axes, place)) for place in zip(blocks, selects, strict=True)]
 
     def choose(self, machine: Machine, regime: Regime) -> Choice:
         """The cheapest path of a regime.
@@ -179,16 +183,17 @@ class Planner:
             sums[one] -= saved
         total, path = self._cheapest_path(sums)
         if path not in self._paths:
-            self._paths[path] = self._described(path)
-        states, delivered, settled = self._paths[path]
-        key = (
-            self._kind,
-            regime.equal,
-            states,
-            *(found[item][2] for item in delivered),
-            *(self._number_along(one, found, fuses) for one in settled),
+            self._paths[path] = list(self._taken(path))
+        taken = self._paths[path]
+        sums_taken = {one for step in taken for one in step.sums}
+        along = {one: self._numbers_along(one, found, fuses) for one in sums_taken}
+        return Choice(
+            regime=regime,
+            key=tuple(
+                (regime.equal, step.between, *(along[one] for one in step.sums)) for step in taken
+            ),
+            bind=lambda: self._bind(regime, routes, path, total),
         )
-        return Choice(regime=regime, key=key, bind=lambda: self._bind(regime, routes, path, total))
 
     def _number_of(self, item: Item) -> int:
         return self._items.setdefault(item, len(self._items))
@@ -212,12 +217,12 @@ class Planner:
                 fuses[number] = saved, best, route[2]
         return fuses
 
-    def _number_along(
-        self, settled: int, found: list[Found], fuses: dict[int, tuple[float, int, int]]
+    def _numbers_along(
+        self, one: int, found: list[Found], fuses: dict[int, tuple[float, int, int]]
     ) -> tuple[int, ...]:
-        """The numbers of the routes that a settle takes."""
-        _, fused, number = fuses.get(settled, (0.0, None, 0))
-        items = self._by_number[settled].items
+        """The numbers of the routes that a sum is of."""
+        _, fused, number = fuses.get(one, (0.0, None, 0))
+        items = self._by_number[one].items
         return tuple(number if item == fused else found[item][2] for item in items)
 
     def _cheapest_path(self, sums: list[float]) -> tuple[float, tuple[int, ...]]:
@@ -252,16 +257,18 @@ class Planner:
             path.append(before[path[-1]])
         return total, tuple(reversed(path))
 
-    def _described(self, path: tuple[int, ...]) -> tuple[object, tuple[int, ...], tuple[int, ...]]:
-        """The states of a path, the items that it delivers by, and the sums of its settles."""
-        states = [states[at] for states, at in zip(self._states, path, strict=True)]
-        delivered: dict[int, None] = {}
-        settled: dict[int, None] = {}
-        for step, old, new in zip(self._steps, path, path[1:], strict=False):
+    def _taken(self, path: tuple[int, ...]) -> Iterator[_Taken]:
+        """The steps of a path."""
+        delivered: tuple[int, ...] = ()
+        for place, states, step, old, new in zip(
+            self._places, self._states, self._steps, path, path[1:], strict=False
+        ):
             residual, delivery = step.deliveries[new]
-            settled[step.settles[residual][old]] = None
-            delivered |= dict.fromkeys(self._by_number[delivery].items)
-        return number_of(tuple(states)), tuple(delivered), tuple(settled)
+            settle = step.settles[residual][old]
+            yield _Taken(number_of((place, states[old], residual)), (*delivered, settle))
+            delivered = (delivery,)
+        last = self._states[-1][path[-1]]
+        yield _Taken(number_of((self._places[-1], last)), delivered)
 
     def _bind(
         self,

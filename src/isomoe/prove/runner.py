@@ -49,8 +49,8 @@ def prove(
     """
     proven: set[object] = set()
     structures: set[object] = set()
-    planned: dict[object, frozenset[object]] = {}
-    waiting: dict[frozenset[object], Candidate] = {}
+    known: dict[object, object] = {}
+    candidates: dict[frozenset[object], Candidate] = {}
     for subject in subjects:
         stats = Stats(layouts=1)
         models = subject.build(), subject.build(subject.layout.tp_size - 1)
@@ -74,17 +74,18 @@ def prove(
             stats.regimes = len(wanted)
             new = mutant is not None or chain.structure not in structures
             for choice in _choices(chain, wanted) if new else ():
-                key = choice.key if mutant is None else (choice.key, choice.regime, *shares.items())
-                if key not in planned:
-                    plan = choice.bind()
-                    planned[key] = told_apart(plan, shares, mutant)
-                    waiting.setdefault(planned[key], Candidate(subject, mesh, plan, planned[key]))
+                if mutant is not None or not known.keys() >= set(choice.key):
+                    told = told_apart(choice.bind(), shares, mutant)
+                    known.update(zip(choice.key, told, strict=True))
+                steps = frozenset(known[step] for step in choice.key)
+                if steps not in candidates:
+                    candidates[steps] = Candidate(subject, mesh, choice.bind(), steps)
             structures.add(chain.structure)
         except PlacementError as error:
             yield stats, _refused(subject, error)
             return
         yield stats, None
-    yield from _run(list(waiting.values()), mutant)
+    yield from _run(list(candidates.values()), mutant)
 
 
 def _choices(chain: Chain, wanted: list[tuple[Machine, Regime]]) -> Iterator[Choice]:

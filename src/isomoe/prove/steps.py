@@ -16,11 +16,11 @@ from isomoe.prove.mutants import Mutant
 
 def told_apart(
     plan: RegimePlan, shares: Mapping[str, object], mutant: Mutant | None
-) -> frozenset[object]:
+) -> list[object]:
     """The steps of a plan; with a mutant, those of other shares, axes or regimes are others."""
     if mutant is None:
-        return frozenset(_steps(plan, {}))
-    return frozenset((plan.regime, plan.mesh.axes, step) for step in _steps(plan, shares))
+        return list(_steps(plan, {}))
+    return [(plan.regime, plan.mesh.axes, step) for step in _steps(plan, shares)]
 
 
 def _steps(plan: RegimePlan, shares: Mapping[str, object]) -> Iterator[object]:
