@@ -1,8 +1,8 @@
 """Routes: the cheapest chains of moves between placements, their last sum fused or not."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 from math import inf, prod
 
@@ -71,25 +71,8 @@ class Routes:
             self._found[before, here] = us, moves, number_of(moves)
         return self._found[item]
 
-    def fusing(self, addends: Iterable[Pair]) -> Pair | None:
-        """Of the sums before a norm the one to be fused with it: that which saves most, if any."""
-        if not self.has_fused:
-            return None
-        best = max(addends, key=self._saved, default=None)
-        return best if best is not None and self._saved(best) > 0 else None
-
-    def fused(self, pair: Pair) -> Found:
-        """The cheapest way that ends with a sum in one operation with the norm, where one does."""
-        found = self._fused_or_none(pair)
-        assert found is not None
-        return found
-
-    def _saved(self, pair: Pair) -> float:
-        """Microseconds that fusing the last sum saves; 0 if it saves nothing."""
-        fused = self._fused_or_none(pair)
-        return 0.0 if fused is None else max(0.0, self.cheapest(pair)[0] - fused[0])
-
-    def _fused_or_none(self, pair: Pair) -> Found | None:
+    def fused(self, pair: Pair) -> Found | None:
+        """The cheapest way that ends with a sum in one operation with the norm, if one does."""
         if pair not in self._fused:
             before, after = pair
             best = None
@@ -105,6 +88,11 @@ class Routes:
                     best = us + end, (*moves, last), number_of((*moves, last, "fused"))
             self._fused[pair] = best
         return self._fused[pair]
+
+    def saved(self, pair: Pair) -> float:
+        """Microseconds that fusing the last sum saves; 0 if it saves nothing."""
+        fused = self.fused(pair)
+        return 0.0 if fused is None else max(0.0, self.cheapest(pair)[0] - fused[0])
 
     @property
     def runs_beside(self) -> bool:
@@ -137,7 +125,9 @@ class Routes:
 
     def fused_between(self, before: Placement, after: Placement) -> Route:
         """The cheapest route with a fused sum at its end; it beat that without."""
-        us, moves, _ = self.fused((before, after))
+        fused = self.fused((before, after))
+        assert fused is not None
+        us, moves, _ = fused
         return replace(self._route(moves, us, self.between(before, after)), fused=True)
 
     def _route(self, moves: tuple[Move, ...], us: float, beats: Route | None) -> Route:
@@ -153,7 +143,8 @@ class Routes:
         return price
 
 
+@lru_cache(maxsize=1024)
 def routes_of(machine: Machine, axes: tuple[int, ...], row_values: int, regime: Regime) -> Routes:
-    """The routes of steps on one machine and mesh."""
+    """The routes of steps on one machine and mesh; kept, since many chains share them."""
     ranks = Mesh(axes=axes, parallelism=Parallelism(tp_size=prod(axes)))
     return Routes(CostModel(machine=machine, mesh=ranks, row_values=row_values), regime)
