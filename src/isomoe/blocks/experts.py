@@ -101,7 +101,8 @@ class ExpertWeights(Leaf):
         if grain % MIN_FP8_RUN:
             return (
                 f"shares of {width} of an expert's {self.intermediate_size} columns cut its blocks "
-                f"into runs of {grain}, and kernels need multiples of {MIN_FP8_RUN}"
+                f"into runs of {grain}, and kernels need multiples of {MIN_FP8_RUN} (a larger "
+                "--ep-size cuts less)"
             )
         return None
 

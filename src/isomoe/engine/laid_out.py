@@ -48,9 +48,7 @@ def laid_out(config: EngineConfig, info: ModelInfo, rank: int = 0) -> CausalLM:
     if info.expert_block is not None:
         reason = model.keep_experts_in_fp8(info.expert_block)
         if reason and config.moe_weight_format is MoeWeightFormat.FP8:
-            raise ConfigError(
-                f"--moe-weight-format fp8: {reason}; a smaller moe_tp, or none, would work"
-            )
+            raise ConfigError(f"--moe-weight-format fp8: {reason}; --moe-weight-format none works")
     deepep = deepep_settings(config, info, model)
     if deepep is not None:
         total = config.max_running_requests + config.prefill_limits(info.device)[1]
