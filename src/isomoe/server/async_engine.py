@@ -9,9 +9,11 @@ Three threads beside the engine's own process:
 import asyncio
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from threading import Event, Thread
 from typing import Any, Self, TypeVar
 
@@ -94,9 +96,7 @@ class AsyncEngine:
         self._in_queue = 0
         self._refuses: str | None = None
         self._token_texts: dict[int, str] = {}
-        self._states: list[asyncio.Future[EngineState]] = []
-        self._flushes: list[asyncio.Future[bool]] = []
-        self._loads: list[asyncio.Future[list[list[int]]]] = []
+        self._asked: defaultdict[type, deque[asyncio.Future[Any]]] = defaultdict(deque)
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "tokenizer")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = Event()
@@ -297,11 +297,11 @@ class AsyncEngine:
 
     async def flush_cache(self) -> bool:
         """Forgets all cached prefixes; False, and nothing done, while requests are about."""
-        return await self._ask(FlushCache(), self._flushes)
+        return (await self._ask(FlushCache(), CacheFlushed)).done
 
     async def state(self) -> EngineState:
         """The engine between two steps."""
-        return await self._ask(GetState(), self._states)
+        return await self._ask(GetState(), EngineState)
 
     async def start_expert_record(self) -> None:
         """Records the experts' load from now on; what was recorded before is forgotten.
@@ -335,7 +335,7 @@ class AsyncEngine:
             raise RequestError(
                 "the experts' load is not recorded; isomoe serve --record-expert-load does it"
             )
-        return await self._ask(question, self._loads)
+        return (await self._ask(question, ExpertLoad)).counts
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self._intake.encode(prompt) if isinstance(prompt, str) else prompt
@@ -362,12 +362,12 @@ class AsyncEngine:
         finally:
             self._in_queue -= 1
 
-    async def _ask(self, question: ToEngine, askers: list[asyncio.Future[T]]) -> T:
-        """Answers come in the order of the questions."""
+    async def _ask(self, question: ToEngine, kind: type[T]) -> T:
+        """The answer, of its kind; those of a kind come in the order of their questions."""
         self._check_alive()
         assert self._loop is not None
         asker: asyncio.Future[T] = self._loop.create_future()
-        askers.append(asker)
+        self._asked[kind].append(asker)
         self._send(question)
         limit = self.config.engine.watchdog_timeout_seconds
         try:
@@ -480,23 +480,18 @@ class AsyncEngine:
         self._send_cancel(stopped)
 
     def _answer(self, message: FromEngine) -> None:
-        match message:
-            case EngineState():
-                _give(self._states, message)
-            case CacheFlushed(done=done):
-                _give(self._flushes, done)
-            case ExpertLoad(counts=counts):
-                _give(self._loads, counts)
-            case _:
-                raise AssertionError(f"the engine sent {message}")
+        askers = self._asked[type(message)]
+        assert askers, f"the engine sent {message}"
+        asker = askers.popleft()
+        if not asker.done():
+            asker.set_result(message)
 
     def _die(self, reason: str) -> None:
         self.dead = reason
         error = EngineDeadError(reason)
         for opened in list(self._open.values()):
             self._drop(opened, "error", error)
-        askers: tuple[asyncio.Future[Any], ...] = (*self._states, *self._flushes, *self._loads)
-        for asker in askers:
+        for asker in chain.from_iterable(self._asked.values()):
             if not asker.done():
                 asker.set_exception(error)
         self.died.set()
@@ -509,9 +504,3 @@ def _taken(opened: OpenRequest, update: Update) -> Delta | None:
     except BaseException:
         _log.exception("%s: tokens %s", opened.request_id, update.token_ids)
         return None
-
-
-def _give(askers: list[asyncio.Future[T]], answer: T) -> None:
-    asker = askers.pop(0)
-    if not asker.done():
-        asker.set_result(answer)
