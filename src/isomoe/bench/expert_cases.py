@@ -31,12 +31,9 @@ def grouped_mm(at: Setting) -> Prepared:
 def fp8_weights(at: Setting) -> Prepared:
     """Weights in FP8, rows as they come."""
     one = fused_experts(at)
-    inputs = [
-        (x, _in_blocks(gate_up, 2), _in_blocks(down), ids, weights)
-        for x, gate_up, down, ids, weights in one.inputs[:1]
-    ]
-    _, gate_up, down, *_ = inputs[0]
-    inputs += [(x, gate_up, down, ids, weights) for x, _, _, ids, weights in one.inputs[1:]]
+    _, gate_up, down, *_ = one.inputs[0]  # all copies have the same
+    matrices = _in_blocks(gate_up, paired=True), _in_blocks(down)
+    inputs = [(x, *matrices, ids, weights) for x, _, _, ids, weights in one.inputs]
     rows = 2 * at.rows * at.sizes.hidden * at.dtype.itemsize
     num_bytes = (one.num_bytes - rows) / at.dtype.itemsize + rows
     return replace(one, inputs=inputs, num_bytes=num_bytes)
@@ -53,11 +50,10 @@ def fp8_weights_and_rows(at: Setting) -> Prepared:
     return replace(one, inputs=inputs, num_bytes=one.num_bytes - saved)
 
 
-def _in_blocks(weight: Tensor, matrices: int = 1) -> BlockFp8:
-    """Expert by expert: in fp32 all would take gigabytes."""
+def _in_blocks(weight: Tensor, paired: bool = False) -> BlockFp8:
+    """Expert by expert: in fp32 all would take gigabytes. paired: of gate and up."""
     experts, rows, columns = weight.shape
-    paired = matrices > 1
-    shape = (experts, matrices, rows // matrices, columns) if paired else weight.shape
+    shape = (experts, 2, rows // 2, columns) if paired else weight.shape
     block = (WEIGHT_BLOCK, WEIGHT_BLOCK)
     whole = BlockFp8.zeros(*shape, block=block, device=weight.device, paired=paired)
     for index, one in enumerate(weight.view(shape)):

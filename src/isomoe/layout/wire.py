@@ -30,8 +30,8 @@ class Bundle:
     Attributes:
         format: of its hidden state.
         top_k: experts that it chose.
-        groups: it chose them among some of so many groups of neighbouring experts,
-        kept: namely this many.
+        groups: equal ones that neighbouring experts form,
+        kept: and among the experts of how many of them it chose.
     """
 
     format: WireFormat
